@@ -1,0 +1,67 @@
+/* comm.h - communicators: an ordered set of world ranks with a context of its own (gas layer).
+ *
+ * Two communicators never share a word: each has a context number, and a context has its own page in the boot
+ * area of every window. Everything else (fields, rings, staging) the layers above allocate from the heaps.
+ * Here are the two primitives that the heap needs, and on which collectives build: sync and agree.
+ */
+#ifndef XCCL_COMM_H
+#define XCCL_COMM_H
+
+#include "shm.h"
+
+enum { XCCL_AGREE_BYTES = 64, XCCL_SYNC_ROUNDS = 16 };
+
+/*   context page of a window, written by peers only, except the agreement slots (written by the owner)
+ *   | sync line of round 0 | ... | round 15 | agreement slot 0 | slot 1 |
+ *
+ *   A sync line holds the epoch of the last barrier in which that round's partner signalled. It has one
+ *   writer, and epochs only grow, so a wait for ">= epoch" can neither miss nor double-count (bug classes 3, 4).
+ */
+typedef struct xccl_sync_line_t {
+    _Alignas(64) _Atomic uint64_t epoch;
+} xccl_sync_line_t;
+
+typedef struct xccl_context_page_t {
+    xccl_sync_line_t sync[XCCL_SYNC_ROUNDS];
+    _Alignas(64) unsigned char agree[2][XCCL_AGREE_BYTES];
+} xccl_context_page_t;
+_Static_assert(sizeof(xccl_context_page_t) <= XCCL_PAGE, "a context is one page");
+
+struct xccl_comm_t {
+    xccl_world_t *world;
+    int context;
+    int rank, size;
+    int *ranks; /* world rank of each member */
+    uint64_t sync_epoch;
+    uint64_t agree_epoch;
+    bool broken;  /* an operation failed halfway: members no longer agree on epochs */
+    struct xccl_coll_t *coll; /* owned by coll.c */
+    struct xccl_p2p_t *p2p;   /* owned by p2p.c */
+};
+
+/* The communicator of all ranks, context 0, without the layers above. Local; the ranks must be attached. */
+int xccl_comm_create_world(xccl_world_t *world, xccl_comm_t **out);
+
+/* split without the layers above. Collective over `parent`. */
+int xccl_comm_create_split(xccl_comm_t *parent, int64_t color, int64_t key, int64_t deadline, xccl_comm_t **out);
+
+/* Gives the context back and frees the handle. Nobody may use the communicator any more. */
+void xccl_comm_destroy(xccl_comm_t *comm);
+
+/* Returns when every member has arrived (a dissemination barrier), and all that a member wrote before is visible. */
+int xccl_comm_sync(xccl_comm_t *comm, int64_t deadline);
+
+/* Every member gives XCCL_AGREE_BYTES and gets those of all members, in member order, in `all`
+ * (comm->size * XCCL_AGREE_BYTES). Collective. */
+int xccl_comm_agree(xccl_comm_t *comm, const void *mine, void *all, int64_t deadline);
+
+/* OK if a call on `comm` may start: not aborted, not broken, not detached, not in a forked child. */
+int xccl_comm_check(const xccl_comm_t *comm);
+
+/* `pe` is a member, else USAGE naming `operation`. */
+int xccl_comm_check_pe(const xccl_comm_t *comm, int pe, const char *operation);
+
+/* Marks the communicator unusable when `status` is an error that leaves its members out of step; returns it. */
+int xccl_comm_settle(xccl_comm_t *comm, int status);
+
+#endif

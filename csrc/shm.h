@@ -1,0 +1,111 @@
+/* shm.h - layout of the shared object and a rank's view of it (shm layer; internal).
+ *
+ *   object    = control | window 0 | window 1 | ... | window size-1
+ *   control   = header (one page) | abort text | rank table
+ *   window    = boot | metadata area | managed data area | app data area       `stride` bytes each
+ *   boot      = heap tables | one page per context (sync lines and agreement slots of a communicator)
+ *
+ * All references between ranks are offsets into a window, so no rank depends on where another one maps the
+ * object; it is mapped at one address everywhere when that address is free.
+ */
+#ifndef XCCL_SHM_H
+#define XCCL_SHM_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "xccl.h"
+#include "wait.h"
+
+enum { XCCL_LINE = 64, XCCL_PAGE = 4096, XCCL_MAX_CONTEXTS = 256, XCCL_AREAS = 3, XCCL_MAX_HOOKS = 16 };
+
+/* What a rank does; shown by hang reports and tools. Names in shm.c. */
+typedef enum xccl_op_t {
+    XCCL_OP_NONE, XCCL_OP_INIT, XCCL_OP_SPLIT, XCCL_OP_CLOSE, XCCL_OP_ALLOC, XCCL_OP_FREE, XCCL_OP_WAIT_UNTIL,
+    XCCL_OP_SEND, XCCL_OP_RECV, XCCL_OP_WAIT, XCCL_OP_BARRIER, XCCL_OP_BROADCAST, XCCL_OP_ALL_GATHER,
+    XCCL_OP_ALL_REDUCE, XCCL_OP_REDUCE_SCATTER, XCCL_OP_ALL_TO_ALL, XCCL_OP_ALL_TO_ALL_V, XCCL_OP_DISPATCH,
+    XCCL_OP_COMBINE, XCCL_OP_EP_OPEN, XCCL_OP_COUNT
+} xccl_op_t;
+
+/*   header (first page; written by the creator before anybody attaches, except the atomics)
+ *   0        8    12   16             ...
+ *   | magic  |abi |size| config ...   | base_hint | abort_rank |
+ */
+typedef struct xccl_header_t {
+    uint64_t magic;
+    uint32_t abi;
+    uint32_t uid;
+    xccl_config_t config;
+    uint64_t control_bytes;
+    uint64_t stride;
+    uint64_t area_offset[XCCL_AREAS]; /* from the start of a window */
+    uint64_t area_bytes[XCCL_AREAS];
+    _Alignas(64) _Atomic uint64_t base_hint; /* address of the first mapping, 0: none yet */
+    _Alignas(64) _Atomic int32_t abort_state; /* 0, or 1 while the text is written, or 2 */
+    _Atomic int32_t abort_rank;               /* world rank + 1 of who aborted, 0: nobody */
+} xccl_header_t;
+
+/*   rank table entry: the words written by the rank itself and those written by others are on lines apart
+ *   line 0  identity: pid, start time, state        written by the rank, read by all in slow paths
+ *   line 1  sleeping                                written by the rank, read at every signal
+ *   line 2  bell                                    written by ringers: the futex word
+ *   line 3  what it does: operation, sequence, ...  written by the rank, read by tools
+ */
+typedef struct xccl_rank_entry_t {
+    _Alignas(64) _Atomic int32_t state;
+    _Atomic int32_t pid;
+    _Atomic uint64_t start_time;
+    _Alignas(64) _Atomic uint32_t sleeping;
+    _Alignas(64) _Atomic uint32_t bell;
+    _Alignas(64) _Atomic uint64_t sequence;
+    _Atomic int64_t moved_ns;
+    _Atomic int32_t operation;
+    _Atomic int32_t phase;
+    _Atomic int32_t waits_for;
+} xccl_rank_entry_t;
+
+_Static_assert(sizeof(xccl_header_t) <= XCCL_PAGE, "the header is one page");
+_Static_assert(sizeof(xccl_rank_entry_t) == 4 * XCCL_LINE, "a rank entry is four lines");
+
+typedef struct xccl_hook_t {
+    xccl_progress_fn progress;
+    void *arg;
+} xccl_hook_t;
+
+/* One rank's attachment. No global state: several ranks may live in one process. */
+struct xccl_world_t {
+    int rank; /* -1: observer */
+    int size;
+    int fd;
+    bool detached;
+    unsigned fork_generation; /* of the process that attached */
+    unsigned char *base;
+    uint64_t mapped_bytes;
+    unsigned char *windows;
+    uint64_t stride;
+    unsigned char *own; /* windows + rank*stride */
+    xccl_header_t *header;
+    char *abort_text;
+    xccl_rank_entry_t *ranks;
+    uint64_t spin, yields;
+    xccl_interrupt_fn interrupted;
+    xccl_hook_t hooks[XCCL_MAX_HOOKS];
+    int num_hooks;
+    bool in_progress; /* a hook runs: hooks do not nest */
+    uint64_t contexts_used[XCCL_MAX_CONTEXTS / 64];
+};
+
+/* Note what this rank does. Relaxed stores to its own line: cheap, always on. */
+void xccl_op_begin(xccl_world_t *world, xccl_op_t op);
+void xccl_op_phase(xccl_world_t *world, int phase);
+
+/* Process of `rank` is gone or a zombie, though it never left. */
+bool xccl_shm_is_dead(const xccl_world_t *world, int rank);
+
+/* Name of an operation for messages. */
+const char *xccl_op_name(int op);
+
+/* "rank 2 (pid 123): operation 118 (combine), phase 1, attached" */
+void xccl_shm_describe_rank(const xccl_world_t *world, int rank, char *out, size_t bytes);
+
+#endif

@@ -1,0 +1,30 @@
+#include "status.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+/* Long enough for a timeout report with one line a rank of a large world; longer ones are cut at the end. */
+static _Thread_local char message[32768];
+
+const char *xccl_error_message(void) {
+    return message;
+}
+
+int xccl_fail(int status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    return status;
+}
+
+int xccl_fail_errno(int error, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    int length = vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    if (length >= 0 && (size_t)length < sizeof message)
+        snprintf(message + length, sizeof message - (size_t)length, ": %s", strerror(error));
+    return XCCL_ERR_SYSTEM;
+}

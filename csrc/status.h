@@ -1,0 +1,14 @@
+/* status.h - the calling thread's error message. The function that first finds an error describes it;
+ * those above it pass the status on unchanged. */
+#ifndef XCCL_STATUS_H
+#define XCCL_STATUS_H
+
+#include "xccl.h"
+
+/* Records the message and returns `status`, so that callers write `return xccl_fail(...)`. */
+int xccl_fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* As xccl_fail with ": <strerror(error)>" appended and status XCCL_ERR_SYSTEM. */
+int xccl_fail_errno(int error, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+#endif

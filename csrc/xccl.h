@@ -1,0 +1,226 @@
+/* xccl.h - the public C API of xccl and its manual.
+ *
+ * xccl gives the processes ("ranks") of one machine a global address space in POSIX shared memory, with
+ * one-sided put, get and signal; on it send/receive, collectives and MoE dispatch/combine.
+ *
+ *     moe          xccl_moe_*                 dispatch, combine
+ *     p2p, coll    xccl_p2p_*, xccl_coll_*    send/receive; collectives
+ *     gas          xccl_gas_*, xccl_heap_*    symmetric heap, put/get/signal/atomics
+ *     shm          xccl_shm_*                 segment, rank table, wait/wake, liveness
+ *
+ * Conventions
+ * - Every function that can fail returns an xccl_status_t: XCCL_OK, XCCL_AGAIN (not yet: try again) or a
+ *   negative error. xccl_error_message() then describes the last error of the calling thread.
+ * - Output arguments come last and are set only on success.
+ * - A handle (world, communicator, request) belongs to one thread at a time.
+ * - "pe" is a rank of the communicator given. Sizes and offsets are bytes, 64 bits wide. Times are nanoseconds.
+ * - timeout_ns: XCCL_TIMEOUT_DEFAULT takes the configured one, XCCL_TIMEOUT_NONE waits without a deadline.
+ * - "Collective" means that every member of the communicator calls it, in the same order.
+ *
+ * The binding is generated from this file: it holds declarations only, and preprocessor lines are skipped.
+ */
+#ifndef XCCL_H
+#define XCCL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* ---- status ------------------------------------------------------------------------------------------- */
+
+typedef enum xccl_status_t {
+    XCCL_OK = 0,
+    XCCL_AGAIN = 1,          /* not complete yet, nothing changed */
+    XCCL_ERR_USAGE = -1,     /* an argument or the order of calls is wrong */
+    XCCL_ERR_TIMEOUT = -2,   /* the deadline passed; the message names what was awaited */
+    XCCL_ERR_PEER_LOST = -3, /* a rank that is waited for is dead or has left */
+    XCCL_ERR_ABORTED = -4,   /* a rank raised an error and ended the world */
+    XCCL_ERR_MEMORY = -5,    /* shared memory or address space is used up */
+    XCCL_ERR_SYSTEM = -6,    /* a system call failed */
+    XCCL_ERR_INTERRUPTED = -7 /* the interrupt hook asked to stop waiting (Ctrl-C) */
+} xccl_status_t;
+
+/* Text of the calling thread's last error; valid until its next failing call. */
+const char *xccl_error_message(void);
+
+/* ---- shm: the shared object, the rank table ------------------------------------------------------------ */
+
+typedef struct xccl_world_t xccl_world_t;
+
+enum { XCCL_SESSION_BYTES = 32, XCCL_ABORT_TEXT_BYTES = 8192, XCCL_MAX_RANKS = 4096 };
+
+#define XCCL_TIMEOUT_DEFAULT (-1)
+#define XCCL_TIMEOUT_NONE    INT64_MAX
+
+/* What the creator of a world fixes for all its ranks. Zero takes the value in brackets. */
+typedef struct xccl_config_t {
+    int32_t size;             /* ranks of the world */
+    int32_t cores;            /* cores that the ranks share [those of the creator] */
+    uint64_t heap_bytes;      /* address space of the app data area, and of the managed one, per rank [64 GiB] */
+    uint64_t p2p_slot_bytes;  /* payload of one ring slot of send/receive [64 KiB] */
+    uint64_t p2p_slots;       /* slots of a ring, a power of two [8] */
+    uint64_t coll_block_bytes; /* a staging block of collectives on ordinary arrays; there are two [4 MiB] */
+    uint64_t spin;            /* polls before a waiter yields [from ranks per core] */
+    uint64_t yields;          /* yields before a waiter sleeps [20] */
+    int64_t timeout_ns;       /* default deadline of a blocking call [300 s] */
+    int64_t init_timeout_ns;  /* deadline for all ranks to attach [600 s] */
+    char session[32];         /* random id of the world, NUL-terminated */
+} xccl_config_t;
+
+/* A rank's state as others see it. */
+typedef enum xccl_rank_state_t {
+    XCCL_RANK_ABSENT = 0,
+    XCCL_RANK_ATTACHED = 1,
+    XCCL_RANK_CLOSED = 2, /* left in order */
+    XCCL_RANK_DEAD = 3    /* its process is gone without having left */
+} xccl_rank_state_t;
+
+typedef struct xccl_rank_info_t {
+    int32_t state; /* xccl_rank_state_t */
+    int32_t pid;
+    uint64_t start_time;    /* of the process, in clock ticks after boot */
+    char operation[24];     /* current or last operation */
+    uint64_t sequence;      /* operations begun so far */
+    int32_t phase;          /* step inside the operation, its own numbering */
+    int32_t waits_for;      /* world rank that it waits for first, -1: none */
+    int64_t moved_ns;       /* when operation or phase last changed, CLOCK_MONOTONIC */
+} xccl_rank_info_t;
+
+/* Bytes of the shared object (address space; pages are reserved when they are allocated). */
+uint64_t xccl_shm_object_bytes(const xccl_config_t *config);
+
+/* Sizes the fresh, empty object `fd` and writes its control page. Called once, by the creator. */
+int xccl_shm_format(int fd, const xccl_config_t *config);
+
+/* Maps the object as `rank` after verifying magic, ABI, session and owner. `fd` is duplicated.
+ * Raises USAGE when the rank is taken (a forked or spawned child of a rank attaches again). */
+int xccl_shm_attach(int fd, int rank, const char *session, xccl_world_t **out);
+
+/* Waits until all ranks have attached. */
+int xccl_shm_wait_all_attached(xccl_world_t *world, int64_t timeout_ns);
+
+/* Leaves the world: peers that still wait for this rank get PEER_LOST. The mapping stays readable. */
+void xccl_shm_detach(xccl_world_t *world);
+
+/* Unmaps and frees. No pointer into the world may be used afterwards. */
+void xccl_shm_unmap(xccl_world_t *world);
+
+int xccl_shm_rank(const xccl_world_t *world);
+int xccl_shm_size(const xccl_world_t *world);
+
+/* Ends the world: every blocked or later call of every rank fails with ABORTED and carries `text`.
+ * The first caller wins. */
+void xccl_shm_abort(xccl_world_t *world, const char *text);
+
+/* The world rank that aborted, -1 if none; `text` (may be NULL) gets its message. */
+int xccl_shm_aborted_by(const xccl_world_t *world, char *text, size_t text_bytes);
+
+/* State of any rank. Also usable by an observer (see xccl_shm_observe). */
+int xccl_shm_rank_info(const xccl_world_t *world, int rank, xccl_rank_info_t *out);
+
+/* Maps only the control page, without becoming a rank: for launchers and tools. End with xccl_shm_unmap. */
+int xccl_shm_observe(int fd, xccl_world_t **out);
+
+/* Called between sleeps of a waiting rank; non-zero ends the wait with INTERRUPTED. */
+typedef int (*xccl_interrupt_fn)(void);
+void xccl_shm_set_interrupt(xccl_world_t *world, xccl_interrupt_fn interrupted);
+
+/* The kernel ends this process when the thread that created it ends (so no orphan outlives its launcher). */
+int xccl_shm_die_with_parent(int parent_pid);
+
+/* ---- communicators ------------------------------------------------------------------------------------- */
+
+typedef struct xccl_comm_t xccl_comm_t;
+
+/* The communicator of all ranks, with its send/receive rings and collective fields. Collective. */
+int xccl_comm_open(xccl_world_t *world, xccl_comm_t **out);
+
+/* Members with the same color form a new communicator, ordered by (key, rank). Negative color: none, *out is
+ * NULL. Collective over `parent`. */
+int xccl_comm_split(xccl_comm_t *parent, int64_t color, int64_t key, int64_t timeout_ns, xccl_comm_t **out);
+
+/* Completes pending sends, then releases the communicator. Collective for a communicator made by split;
+ * for that of the world every rank leaves by itself. */
+int xccl_comm_close(xccl_comm_t *comm, int64_t timeout_ns);
+
+/* Frees the local handle without talking to anybody: after an error, or at exit. */
+void xccl_comm_discard(xccl_comm_t *comm);
+
+int xccl_comm_rank(const xccl_comm_t *comm);
+int xccl_comm_size(const xccl_comm_t *comm);
+/* World rank of member `pe`. */
+int xccl_comm_world_rank(const xccl_comm_t *comm, int pe);
+
+/* ---- gas: symmetric heap ------------------------------------------------------------------------------- */
+
+/* Areas of a rank's window. Users allocate in APP, the library in META and MANAGED. */
+typedef enum xccl_area_t { XCCL_AREA_META = 0, XCCL_AREA_MANAGED = 1, XCCL_AREA_APP = 2 } xccl_area_t;
+
+typedef enum xccl_heap_flags_t {
+    XCCL_HEAP_COMMIT = 0,      /* reserve the pages now */
+    XCCL_HEAP_ADDRESS_ONLY = 1 /* take address space only; xccl_heap_commit reserves pages later */
+} xccl_heap_flags_t;
+
+/* Allocates `bytes` zeroed bytes at one offset of every member's window; page granularity.
+ * `tag` is any number that must be equal on all members (a hash of shape and dtype, say). Collective.
+ * A member that asks for something else is named in a USAGE error on all members; MEMORY tells needed and free. */
+int xccl_heap_alloc(xccl_comm_t *comm, xccl_area_t area, uint64_t bytes, int flags, uint64_t tag,
+                    int64_t timeout_ns, uint64_t *out_offset);
+
+/* Gives the block at `offset` back, after all members have arrived. Collective. */
+int xccl_heap_free(xccl_comm_t *comm, xccl_area_t area, uint64_t offset, int64_t timeout_ns);
+
+/* Reserves the pages of [offset, offset+bytes) of the own window, so that touching them cannot fail. Local. */
+int xccl_heap_commit(xccl_world_t *world, uint64_t offset, uint64_t bytes);
+
+/* Bytes reserved by this rank's allocations in an area. */
+uint64_t xccl_heap_used(const xccl_world_t *world, xccl_area_t area);
+
+/* ---- gas: put, get, signal ----------------------------------------------------------------------------- */
+
+typedef enum xccl_signal_op_t { XCCL_SIGNAL_SET = 0, XCCL_SIGNAL_ADD = 1 } xccl_signal_op_t;
+typedef enum xccl_cmp_t {
+    XCCL_CMP_EQ = 0, XCCL_CMP_NE = 1, XCCL_CMP_GT = 2, XCCL_CMP_GE = 3, XCCL_CMP_LT = 4, XCCL_CMP_LE = 5
+} xccl_cmp_t;
+typedef enum xccl_atomic_op_t {
+    XCCL_ATOMIC_FETCH = 0, XCCL_ATOMIC_FETCH_ADD = 1, XCCL_ATOMIC_SWAP = 2, XCCL_ATOMIC_COMPARE_SWAP = 3
+} xccl_atomic_op_t;
+
+/* Addresses named "symmetric" are local addresses of symmetric memory; the peer's copy is at the same offset. */
+
+/* Address of offset `offset` of the own window. */
+void *xccl_gas_local(const xccl_world_t *world, uint64_t offset);
+
+/* Offset of [address, address+bytes) in the own window; USAGE unless it lies in one live allocation. */
+int xccl_gas_offset(const xccl_world_t *world, const void *address, uint64_t bytes, uint64_t *out_offset);
+
+/* Address at which this process sees pe's copy of symmetric [address, address+bytes). */
+int xccl_gas_ptr(const xccl_comm_t *comm, const void *symmetric, uint64_t bytes, int pe, void **out);
+
+/* Copies `bytes` to pe's copy of `dst`. Complete (visible) after quiet or a later put_signal to the same pe. */
+int xccl_gas_put(xccl_comm_t *comm, void *dst, const void *src, uint64_t bytes, int pe);
+
+/* Copies `bytes` from pe's copy of `src`. Complete on return. */
+int xccl_gas_get(xccl_comm_t *comm, void *dst, const void *src, uint64_t bytes, int pe);
+
+/* put, then the signal: whoever sees the signal sees the data. `signal` is a symmetric uint64. */
+int xccl_gas_put_signal(xccl_comm_t *comm, void *dst, const void *src, uint64_t bytes, uint64_t *signal,
+                        uint64_t value, xccl_signal_op_t op, int pe);
+
+/* Sets or adds to pe's copy of `signal`, after all earlier puts of this rank to that pe. */
+int xccl_gas_signal_op(xccl_comm_t *comm, uint64_t *signal, uint64_t value, xccl_signal_op_t op, int pe);
+
+/* Waits until the own copy of `signal` compares true; everything ordered before the signal is visible then. */
+int xccl_gas_wait_until(xccl_comm_t *comm, uint64_t *signal, xccl_cmp_t cmp, uint64_t value,
+                        int64_t timeout_ns, uint64_t *out_seen);
+
+/* Orders earlier puts before later puts, to each pe. */
+void xccl_gas_fence(xccl_comm_t *comm);
+/* Completes all earlier puts. */
+void xccl_gas_quiet(xccl_comm_t *comm);
+
+/* One atomic operation on pe's copy of `target`, width 4 or 8 bytes, sequentially consistent.
+ * COMPARE_SWAP stores `value` if the target equals `compare`. *out_old is the value before. */
+int xccl_gas_atomic(xccl_comm_t *comm, void *target, int width, xccl_atomic_op_t op, uint64_t value,
+                    uint64_t compare, int pe, uint64_t *out_old);
+
+#endif /* XCCL_H */
