@@ -34,7 +34,7 @@ struct xccl_comm_t {
     int *ranks; /* world rank of each member */
     uint64_t sync_epoch;
     uint64_t agree_epoch;
-    bool broken;  /* an operation failed halfway: members no longer agree on epochs */
+    bool broken;              /* an operation failed halfway: members no longer agree on epochs */
     struct xccl_coll_t *coll; /* owned by coll.c */
     struct xccl_p2p_t *p2p;   /* owned by p2p.c */
 };

@@ -53,8 +53,8 @@ static inline void xccl_gas_signal_at(xccl_world_t *world, int rank, uint64_t of
 }
 
 /* Publishes a field at (rank, offset): offset, count and time first, event_id last with release order. */
-static inline void xccl_gas_field_at(xccl_world_t *world, int rank, uint64_t at, uint64_t event_id,
-                                     uint64_t offset, uint64_t count, uint64_t time) {
+static inline void xccl_gas_field_at(xccl_world_t *world, int rank, uint64_t at, uint64_t event_id, uint64_t offset,
+                                     uint64_t count, uint64_t time) {
     xccl_field_t *field = xccl_gas_at(world, rank, at);
     field->offset = offset;
     field->count = count;

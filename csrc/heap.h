@@ -19,11 +19,13 @@ typedef struct xccl_block_t {
 
 typedef struct xccl_heap_table_t {
     uint64_t count;
-    uint64_t reserved_bytes;
     xccl_block_t blocks[XCCL_HEAP_MAX_BLOCKS]; /* sorted by offset */
 } xccl_heap_table_t;
 
 /* The block of window `rank` that contains [offset, offset+bytes), NULL if there is none. */
 const xccl_block_t *xccl_heap_find(const xccl_world_t *world, int rank, uint64_t offset, uint64_t bytes);
+
+/* xccl_heap_commit for the window of `rank`: a sender reserves the pages of its ring at the receiver. */
+int xccl_heap_commit_at(xccl_world_t *world, int rank, uint64_t offset, uint64_t bytes);
 
 #endif

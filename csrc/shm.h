@@ -21,10 +21,27 @@ enum { XCCL_LINE = 64, XCCL_PAGE = 4096, XCCL_MAX_CONTEXTS = 256, XCCL_AREAS = 3
 
 /* What a rank does; shown by hang reports and tools. Names in shm.c. */
 typedef enum xccl_op_t {
-    XCCL_OP_NONE, XCCL_OP_INIT, XCCL_OP_SPLIT, XCCL_OP_CLOSE, XCCL_OP_ALLOC, XCCL_OP_FREE, XCCL_OP_WAIT_UNTIL,
-    XCCL_OP_SEND, XCCL_OP_RECV, XCCL_OP_WAIT, XCCL_OP_BARRIER, XCCL_OP_BROADCAST, XCCL_OP_ALL_GATHER,
-    XCCL_OP_ALL_REDUCE, XCCL_OP_REDUCE_SCATTER, XCCL_OP_ALL_TO_ALL, XCCL_OP_ALL_TO_ALL_V, XCCL_OP_DISPATCH,
-    XCCL_OP_COMBINE, XCCL_OP_EP_OPEN, XCCL_OP_COUNT
+    XCCL_OP_NONE,
+    XCCL_OP_INIT,
+    XCCL_OP_SPLIT,
+    XCCL_OP_CLOSE,
+    XCCL_OP_ALLOC,
+    XCCL_OP_FREE,
+    XCCL_OP_WAIT_UNTIL,
+    XCCL_OP_SEND,
+    XCCL_OP_RECV,
+    XCCL_OP_WAIT,
+    XCCL_OP_BARRIER,
+    XCCL_OP_BROADCAST,
+    XCCL_OP_ALL_GATHER,
+    XCCL_OP_ALL_REDUCE,
+    XCCL_OP_REDUCE_SCATTER,
+    XCCL_OP_ALL_TO_ALL,
+    XCCL_OP_ALL_TO_ALL_V,
+    XCCL_OP_DISPATCH,
+    XCCL_OP_COMBINE,
+    XCCL_OP_EP_OPEN,
+    XCCL_OP_COUNT
 } xccl_op_t;
 
 /*   header (first page; written by the creator before anybody attaches, except the atomics)
@@ -40,9 +57,9 @@ typedef struct xccl_header_t {
     uint64_t stride;
     uint64_t area_offset[XCCL_AREAS]; /* from the start of a window */
     uint64_t area_bytes[XCCL_AREAS];
-    _Alignas(64) _Atomic uint64_t base_hint; /* address of the first mapping, 0: none yet */
+    _Alignas(64) _Atomic uint64_t base_hint;  /* address of the first mapping, 0: none yet */
     _Alignas(64) _Atomic int32_t abort_state; /* 0, or 1 while the text is written, or 2 */
-    _Atomic int32_t abort_rank;               /* world rank + 1 of who aborted, 0: nobody */
+    _Atomic int32_t abort_rank;               /* who aborted, -1: an observer */
 } xccl_header_t;
 
 /*   rank table entry: the words written by the rank itself and those written by others are on lines apart
@@ -88,6 +105,7 @@ struct xccl_world_t {
     char *abort_text;
     xccl_rank_entry_t *ranks;
     uint64_t spin, yields;
+    int64_t timeout_ns; /* default of blocking calls */
     xccl_interrupt_fn interrupted;
     xccl_hook_t hooks[XCCL_MAX_HOOKS];
     int num_hooks;

@@ -19,7 +19,7 @@ typedef struct xccl_awaited_t {
     int peer;          /* world rank */
     uint64_t expected; /* in the unit of the slot: an epoch, a counter, a signal's value */
     uint64_t seen;
-    const char *what;  /* "barrier round", "field", ... */
+    const char *what; /* "barrier round", "field", ... */
 } xccl_awaited_t;
 
 typedef struct xccl_wait_t {
@@ -41,8 +41,8 @@ int64_t xccl_deadline(const xccl_world_t *world, int64_t timeout_ns);
 int xccl_wait(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline);
 
 /* Waits until *word >= value. `peer` is the world rank that is to write it. */
-int xccl_wait_word(xccl_world_t *world, const _Atomic uint64_t *word, uint64_t value, int peer,
-                   const char *what, int64_t deadline);
+int xccl_wait_word(xccl_world_t *world, const _Atomic uint64_t *word, uint64_t value, int peer, const char *what,
+                   int64_t deadline);
 
 /* Wakes world rank `rank` if it sleeps. Call it after the store that the rank may wait for. */
 void xccl_ring(xccl_world_t *world, int rank);

@@ -29,13 +29,13 @@
 
 typedef enum xccl_status_t {
     XCCL_OK = 0,
-    XCCL_AGAIN = 1,          /* not complete yet, nothing changed */
-    XCCL_ERR_USAGE = -1,     /* an argument or the order of calls is wrong */
-    XCCL_ERR_TIMEOUT = -2,   /* the deadline passed; the message names what was awaited */
-    XCCL_ERR_PEER_LOST = -3, /* a rank that is waited for is dead or has left */
-    XCCL_ERR_ABORTED = -4,   /* a rank raised an error and ended the world */
-    XCCL_ERR_MEMORY = -5,    /* shared memory or address space is used up */
-    XCCL_ERR_SYSTEM = -6,    /* a system call failed */
+    XCCL_AGAIN = 1,           /* not complete yet, nothing changed */
+    XCCL_ERR_USAGE = -1,      /* an argument or the order of calls is wrong */
+    XCCL_ERR_TIMEOUT = -2,    /* the deadline passed; the message names what was awaited */
+    XCCL_ERR_PEER_LOST = -3,  /* a rank that is waited for is dead or has left */
+    XCCL_ERR_ABORTED = -4,    /* a rank raised an error and ended the world */
+    XCCL_ERR_MEMORY = -5,     /* shared memory or address space is used up */
+    XCCL_ERR_SYSTEM = -6,     /* a system call failed */
     XCCL_ERR_INTERRUPTED = -7 /* the interrupt hook asked to stop waiting (Ctrl-C) */
 } xccl_status_t;
 
@@ -53,17 +53,17 @@ enum { XCCL_SESSION_BYTES = 32, XCCL_ABORT_TEXT_BYTES = 8192, XCCL_MAX_RANKS = 4
 
 /* What the creator of a world fixes for all its ranks. Zero takes the value in brackets. */
 typedef struct xccl_config_t {
-    int32_t size;             /* ranks of the world */
-    int32_t cores;            /* cores that the ranks share [those of the creator] */
-    uint64_t heap_bytes;      /* address space of the app data area, and of the managed one, per rank [64 GiB] */
-    uint64_t p2p_slot_bytes;  /* payload of one ring slot of send/receive [64 KiB] */
-    uint64_t p2p_slots;       /* slots of a ring, a power of two [8] */
+    int32_t size;              /* ranks of the world */
+    int32_t cores;             /* cores that the ranks share [those of the creator] */
+    uint64_t heap_bytes;       /* address space of the app data area, and of the managed one, per rank [64 GiB] */
+    uint64_t p2p_slot_bytes;   /* payload of one ring slot of send/receive [64 KiB] */
+    uint64_t p2p_slots;        /* slots of a ring, a power of two [8] */
     uint64_t coll_block_bytes; /* a staging block of collectives on ordinary arrays; there are two [4 MiB] */
-    uint64_t spin;            /* polls before a waiter yields [from ranks per core] */
-    uint64_t yields;          /* yields before a waiter sleeps [20] */
-    int64_t timeout_ns;       /* default deadline of a blocking call [300 s] */
-    int64_t init_timeout_ns;  /* deadline for all ranks to attach [600 s] */
-    char session[32];         /* random id of the world, NUL-terminated */
+    uint64_t spin;             /* polls before a waiter yields [from ranks per core] */
+    uint64_t yields;           /* yields before a waiter sleeps [20] */
+    int64_t timeout_ns;        /* default deadline of a blocking call [300 s] */
+    int64_t init_timeout_ns;   /* deadline for all ranks to attach [600 s] */
+    char session[32];          /* random id of the world, NUL-terminated */
 } xccl_config_t;
 
 /* A rank's state as others see it. */
@@ -77,12 +77,12 @@ typedef enum xccl_rank_state_t {
 typedef struct xccl_rank_info_t {
     int32_t state; /* xccl_rank_state_t */
     int32_t pid;
-    uint64_t start_time;    /* of the process, in clock ticks after boot */
-    char operation[24];     /* current or last operation */
-    uint64_t sequence;      /* operations begun so far */
-    int32_t phase;          /* step inside the operation, its own numbering */
-    int32_t waits_for;      /* world rank that it waits for first, -1: none */
-    int64_t moved_ns;       /* when operation or phase last changed, CLOCK_MONOTONIC */
+    uint64_t start_time; /* of the process, in clock ticks after boot */
+    char operation[24];  /* current or last operation */
+    uint64_t sequence;   /* operations begun so far */
+    int32_t phase;       /* step inside the operation, its own numbering */
+    int32_t waits_for;   /* world rank that it waits for first, -1: none */
+    int64_t moved_ns;    /* when operation or phase last changed, CLOCK_MONOTONIC */
 } xccl_rank_info_t;
 
 /* Bytes of the shared object (address space; pages are reserved when they are allocated). */
@@ -104,6 +104,9 @@ void xccl_shm_detach(xccl_world_t *world);
 /* Unmaps and frees. No pointer into the world may be used afterwards. */
 void xccl_shm_unmap(xccl_world_t *world);
 
+/* Default deadline of this rank's blocking calls, instead of the world's. */
+void xccl_shm_set_timeout(xccl_world_t *world, int64_t timeout_ns);
+
 int xccl_shm_rank(const xccl_world_t *world);
 int xccl_shm_size(const xccl_world_t *world);
 
@@ -111,8 +114,9 @@ int xccl_shm_size(const xccl_world_t *world);
  * The first caller wins. */
 void xccl_shm_abort(xccl_world_t *world, const char *text);
 
-/* The world rank that aborted, -1 if none; `text` (may be NULL) gets its message. */
-int xccl_shm_aborted_by(const xccl_world_t *world, char *text, size_t text_bytes);
+/* 1 if the world was ended by xccl_shm_abort, else 0. *out_rank is who did it, -1 an observer (the launcher);
+ * `text` gets its message. Both may be NULL. */
+int xccl_shm_is_aborted(const xccl_world_t *world, int *out_rank, char *text, size_t text_bytes);
 
 /* State of any rank. Also usable by an observer (see xccl_shm_observe). */
 int xccl_shm_rank_info(const xccl_world_t *world, int rank, xccl_rank_info_t *out);
@@ -163,8 +167,8 @@ typedef enum xccl_heap_flags_t {
 /* Allocates `bytes` zeroed bytes at one offset of every member's window; page granularity.
  * `tag` is any number that must be equal on all members (a hash of shape and dtype, say). Collective.
  * A member that asks for something else is named in a USAGE error on all members; MEMORY tells needed and free. */
-int xccl_heap_alloc(xccl_comm_t *comm, xccl_area_t area, uint64_t bytes, int flags, uint64_t tag,
-                    int64_t timeout_ns, uint64_t *out_offset);
+int xccl_heap_alloc(xccl_comm_t *comm, xccl_area_t area, uint64_t bytes, int flags, uint64_t tag, int64_t timeout_ns,
+                    uint64_t *out_offset);
 
 /* Gives the block at `offset` back, after all members have arrived. Collective. */
 int xccl_heap_free(xccl_comm_t *comm, xccl_area_t area, uint64_t offset, int64_t timeout_ns);
@@ -172,17 +176,25 @@ int xccl_heap_free(xccl_comm_t *comm, xccl_area_t area, uint64_t offset, int64_t
 /* Reserves the pages of [offset, offset+bytes) of the own window, so that touching them cannot fail. Local. */
 int xccl_heap_commit(xccl_world_t *world, uint64_t offset, uint64_t bytes);
 
-/* Bytes reserved by this rank's allocations in an area. */
+/* Bytes that this rank has allocated in an area (address space, whether its pages are reserved or not). */
 uint64_t xccl_heap_used(const xccl_world_t *world, xccl_area_t area);
 
 /* ---- gas: put, get, signal ----------------------------------------------------------------------------- */
 
 typedef enum xccl_signal_op_t { XCCL_SIGNAL_SET = 0, XCCL_SIGNAL_ADD = 1 } xccl_signal_op_t;
 typedef enum xccl_cmp_t {
-    XCCL_CMP_EQ = 0, XCCL_CMP_NE = 1, XCCL_CMP_GT = 2, XCCL_CMP_GE = 3, XCCL_CMP_LT = 4, XCCL_CMP_LE = 5
+    XCCL_CMP_EQ = 0,
+    XCCL_CMP_NE = 1,
+    XCCL_CMP_GT = 2,
+    XCCL_CMP_GE = 3,
+    XCCL_CMP_LT = 4,
+    XCCL_CMP_LE = 5
 } xccl_cmp_t;
 typedef enum xccl_atomic_op_t {
-    XCCL_ATOMIC_FETCH = 0, XCCL_ATOMIC_FETCH_ADD = 1, XCCL_ATOMIC_SWAP = 2, XCCL_ATOMIC_COMPARE_SWAP = 3
+    XCCL_ATOMIC_FETCH = 0,
+    XCCL_ATOMIC_FETCH_ADD = 1,
+    XCCL_ATOMIC_SWAP = 2,
+    XCCL_ATOMIC_COMPARE_SWAP = 3
 } xccl_atomic_op_t;
 
 /* Addresses named "symmetric" are local addresses of symmetric memory; the peer's copy is at the same offset. */
@@ -203,15 +215,18 @@ int xccl_gas_put(xccl_comm_t *comm, void *dst, const void *src, uint64_t bytes, 
 int xccl_gas_get(xccl_comm_t *comm, void *dst, const void *src, uint64_t bytes, int pe);
 
 /* put, then the signal: whoever sees the signal sees the data. `signal` is a symmetric uint64. */
-int xccl_gas_put_signal(xccl_comm_t *comm, void *dst, const void *src, uint64_t bytes, uint64_t *signal,
-                        uint64_t value, xccl_signal_op_t op, int pe);
+int xccl_gas_put_signal(xccl_comm_t *comm, void *dst, const void *src, uint64_t bytes, uint64_t *signal, uint64_t value,
+                        xccl_signal_op_t op, int pe);
 
 /* Sets or adds to pe's copy of `signal`, after all earlier puts of this rank to that pe. */
 int xccl_gas_signal_op(xccl_comm_t *comm, uint64_t *signal, uint64_t value, xccl_signal_op_t op, int pe);
 
 /* Waits until the own copy of `signal` compares true; everything ordered before the signal is visible then. */
-int xccl_gas_wait_until(xccl_comm_t *comm, uint64_t *signal, xccl_cmp_t cmp, uint64_t value,
-                        int64_t timeout_ns, uint64_t *out_seen);
+int xccl_gas_wait_until(xccl_comm_t *comm, uint64_t *signal, xccl_cmp_t cmp, uint64_t value, int64_t timeout_ns,
+                        uint64_t *out_seen);
+
+/* Returns when all members have arrived; all their earlier puts are visible then. Collective. */
+int xccl_gas_sync(xccl_comm_t *comm, int64_t timeout_ns);
 
 /* Orders earlier puts before later puts, to each pe. */
 void xccl_gas_fence(xccl_comm_t *comm);
@@ -220,7 +235,7 @@ void xccl_gas_quiet(xccl_comm_t *comm);
 
 /* One atomic operation on pe's copy of `target`, width 4 or 8 bytes, sequentially consistent.
  * COMPARE_SWAP stores `value` if the target equals `compare`. *out_old is the value before. */
-int xccl_gas_atomic(xccl_comm_t *comm, void *target, int width, xccl_atomic_op_t op, uint64_t value,
-                    uint64_t compare, int pe, uint64_t *out_old);
+int xccl_gas_atomic(xccl_comm_t *comm, void *target, int width, xccl_atomic_op_t op, uint64_t value, uint64_t compare,
+                    int pe, uint64_t *out_old);
 
 #endif /* XCCL_H */

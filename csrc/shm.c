@@ -1,0 +1,524 @@
+#define _GNU_SOURCE
+#include "shm.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "comm.h"
+#include "heap.h"
+#include "status.h"
+
+#ifndef MAP_FIXED_NOREPLACE
+#define MAP_FIXED_NOREPLACE 0x100000
+#endif
+
+static const uint64_t MAGIC = 0x6c63637830303031; /* changes with nothing: the ABI number does */
+static const uint32_t ABI = 1;
+static const uint64_t HUGE_PAGE = 2ull << 20;
+static const uint64_t META_BYTES = 4ull << 30;
+
+static uint64_t round_up(uint64_t value, uint64_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
+
+/* ---- forks: a child shares the parent's rank and must not use it ---- */
+
+static _Atomic unsigned fork_generation;
+static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
+
+static void note_fork(void) {
+    atomic_fetch_add_explicit(&fork_generation, 1, memory_order_relaxed);
+}
+
+static void watch_forks(void) {
+    pthread_atfork(NULL, NULL, note_fork);
+}
+
+/* ---- creation ---- */
+
+static xccl_config_t with_defaults(const xccl_config_t *config) {
+    xccl_config_t c = *config;
+    if (!c.heap_bytes)
+        c.heap_bytes = 64ull << 30;
+    if (!c.p2p_slot_bytes)
+        c.p2p_slot_bytes = 64 << 10;
+    if (!c.p2p_slots)
+        c.p2p_slots = 8;
+    if (!c.coll_block_bytes)
+        c.coll_block_bytes = 4 << 20;
+    if (!c.cores)
+        c.cores = (int32_t)sysconf(_SC_NPROCESSORS_ONLN);
+    /* With a core for each rank a short spin nearly always wins; with fewer the core is better given away. */
+    if (!c.spin)
+        c.spin = c.size <= c.cores ? 4000 : 50;
+    if (!c.yields)
+        c.yields = 20;
+    if (!c.timeout_ns)
+        c.timeout_ns = 300ll * 1000000000;
+    if (!c.init_timeout_ns)
+        c.init_timeout_ns = 600ll * 1000000000;
+    c.heap_bytes = round_up(c.heap_bytes, HUGE_PAGE);
+    return c;
+}
+
+static uint64_t control_bytes(int size) {
+    return round_up(XCCL_PAGE + XCCL_ABORT_TEXT_BYTES + (uint64_t)size * sizeof(xccl_rank_entry_t), XCCL_PAGE);
+}
+
+static uint64_t boot_bytes(void) {
+    return round_up(XCCL_AREAS * round_up(sizeof(xccl_heap_table_t), XCCL_PAGE) +
+                        (uint64_t)XCCL_MAX_CONTEXTS * XCCL_PAGE,
+                    HUGE_PAGE);
+}
+
+static void lay_out(xccl_header_t *header) {
+    const uint64_t bytes[XCCL_AREAS] = {META_BYTES, header->config.heap_bytes, header->config.heap_bytes};
+    uint64_t offset = boot_bytes();
+    for (int area = 0; area < XCCL_AREAS; area++) {
+        header->area_offset[area] = offset;
+        header->area_bytes[area] = bytes[area];
+        offset += bytes[area];
+    }
+    header->stride = offset;
+    header->control_bytes = round_up(control_bytes(header->config.size), HUGE_PAGE);
+}
+
+uint64_t xccl_shm_object_bytes(const xccl_config_t *config) {
+    xccl_header_t header = {.config = with_defaults(config)};
+    lay_out(&header);
+    return header.control_bytes + (uint64_t)header.config.size * header.stride;
+}
+
+int xccl_shm_format(int fd, const xccl_config_t *config) {
+    if (config->size < 1 || config->size > XCCL_MAX_RANKS)
+        return xccl_fail(XCCL_ERR_USAGE, "a world has 1 to %d ranks, got %d", XCCL_MAX_RANKS, config->size);
+    if (config->p2p_slots & (config->p2p_slots - 1))
+        return xccl_fail(XCCL_ERR_USAGE, "p2p_slots must be a power of two, got %llu",
+                         (unsigned long long)config->p2p_slots);
+    xccl_header_t header = {.magic = MAGIC, .abi = ABI, .uid = geteuid(), .config = with_defaults(config)};
+    lay_out(&header);
+    uint64_t total = xccl_shm_object_bytes(config);
+    if (ftruncate(fd, (off_t)total) != 0)
+        return xccl_fail_errno(errno,
+                               "cannot size the shared object to %llu bytes of address space (lower XCCL_HEAP_SIZE?)",
+                               (unsigned long long)total);
+    int error = posix_fallocate(fd, 0, (off_t)control_bytes(header.config.size));
+    if (error == ENOSPC)
+        return xccl_fail(XCCL_ERR_MEMORY,
+                         "no room in shared memory for the control page (%llu bytes); in a container raise --shm-size",
+                         (unsigned long long)control_bytes(header.config.size));
+    if (error)
+        return xccl_fail_errno(error, "cannot reserve the control page");
+    if (pwrite(fd, &header, sizeof header, 0) != (ssize_t)sizeof header)
+        return xccl_fail_errno(errno, "cannot write the control page");
+    return XCCL_OK;
+}
+
+/* ---- attaching ---- */
+
+static int read_header(int fd, const char *session, xccl_header_t *header) {
+    struct stat stat;
+    if (fstat(fd, &stat) != 0 || pread(fd, header, sizeof *header, 0) != (ssize_t)sizeof *header)
+        return xccl_fail_errno(errno, "descriptor %d is not a readable xccl object", fd);
+    if (header->magic != MAGIC)
+        return xccl_fail(XCCL_ERR_USAGE, "descriptor %d is not an xccl object (magic %#llx, expected %#llx)", fd,
+                         (unsigned long long)header->magic, (unsigned long long)MAGIC);
+    if (header->abi != ABI)
+        return xccl_fail(XCCL_ERR_USAGE,
+                         "the world was made by another xccl (ABI %u, this one is %u): use one version for all ranks",
+                         header->abi, ABI);
+    if (header->uid != geteuid())
+        return xccl_fail(XCCL_ERR_USAGE, "the world belongs to uid %u, this process has uid %u", header->uid,
+                         geteuid());
+    if (session && strncmp(session, header->config.session, XCCL_SESSION_BYTES) != 0)
+        return xccl_fail(XCCL_ERR_USAGE, "the object is of session %.32s, expected %.32s", header->config.session,
+                         session);
+    uint64_t expected = header->control_bytes + (uint64_t)header->config.size * header->stride;
+    if ((uint64_t)stat.st_size != expected)
+        return xccl_fail(XCCL_ERR_USAGE, "the object has %llu bytes, its header says %llu",
+                         (unsigned long long)stat.st_size, (unsigned long long)expected);
+    return XCCL_OK;
+}
+
+static unsigned char *map_at(void *hint, int flags, uint64_t bytes, int fd) {
+    void *p = mmap(hint, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | flags, fd, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+/* Maps the object where the first rank mapped it, if that address is free here. */
+static int map_object(xccl_world_t *world, uint64_t bytes) {
+    unsigned char *base = map_at(NULL, 0, bytes, world->fd);
+    if (!base)
+        return xccl_fail_errno(errno, "cannot map %llu bytes of address space (ulimit -v? lower XCCL_HEAP_SIZE)",
+                               (unsigned long long)bytes);
+    world->base = base;
+    world->mapped_bytes = bytes;
+    if (world->rank < 0) /* an observer's mapping is no guide for ranks */
+        return XCCL_OK;
+    uint64_t first = 0;
+    _Atomic uint64_t *hint = &((xccl_header_t *)base)->base_hint;
+    /* relaxed: only the number matters, nothing is read through it */
+    if (!atomic_compare_exchange_strong_explicit(hint, &first, (uint64_t)(uintptr_t)base, memory_order_relaxed,
+                                                 memory_order_relaxed) &&
+        first != (uint64_t)(uintptr_t)base) {
+        unsigned char *same = map_at((void *)(uintptr_t)first, MAP_FIXED_NOREPLACE, bytes, world->fd);
+        if (same == (void *)(uintptr_t)first) {
+            munmap(base, bytes);
+            world->base = same;
+        } else if (same) { /* a kernel that took the address for a mere hint */
+            munmap(same, bytes);
+        }
+    }
+    return XCCL_OK;
+}
+
+static void bind_views(xccl_world_t *world) {
+    world->header = (xccl_header_t *)world->base;
+    world->abort_text = (char *)world->base + XCCL_PAGE;
+    world->ranks = (xccl_rank_entry_t *)(world->base + XCCL_PAGE + XCCL_ABORT_TEXT_BYTES);
+    world->size = world->header->config.size;
+    world->stride = world->header->stride;
+    world->windows = world->base + world->header->control_bytes;
+    world->own = world->rank < 0 ? NULL : world->windows + (uint64_t)world->rank * world->stride;
+    world->spin = world->header->config.spin;
+    world->yields = world->header->config.yields;
+    world->timeout_ns = world->header->config.timeout_ns;
+}
+
+typedef struct process_t {
+    char state;
+    uint64_t start_time;
+} process_t;
+
+/* State letter and start time from /proc; false if the process cannot be read. */
+static bool read_process(int pid, process_t *out) {
+    char path[32], text[1024];
+    snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return false;
+    ssize_t length = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (length <= 0)
+        return false;
+    text[length] = 0;
+    /* the name may hold blanks and parentheses: fields are counted from the last ')' */
+    char *after_name = strrchr(text, ')');
+    unsigned long long start = 0;
+    if (!after_name ||
+        sscanf(after_name + 1, " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %llu",
+               &out->state, &start) != 2)
+        return false;
+    out->start_time = start;
+    return true;
+}
+
+static int claim_rank(xccl_world_t *world) {
+    xccl_rank_entry_t *entry = &world->ranks[world->rank];
+    int32_t nobody = 0;
+    if (!atomic_compare_exchange_strong(&entry->pid, &nobody, (int32_t)getpid()))
+        return xccl_fail(
+            XCCL_ERR_USAGE,
+            "rank %d of this world is taken by pid %d: a rank attaches once, and a child process of a rank "
+            "cannot be that rank (remove the XCCL_* variables from its environment)",
+            world->rank, nobody);
+    process_t self = {0};
+    read_process(getpid(), &self);
+    atomic_store(&entry->start_time, self.start_time);
+    atomic_store(&entry->waits_for, -1);
+    /* the first page of each heap table and the context page of the world: all that exists before any allocation */
+    uint64_t table = round_up(sizeof(xccl_heap_table_t), XCCL_PAGE);
+    for (int area = 0; area < XCCL_AREAS; area++) {
+        int status = xccl_heap_commit(world, (uint64_t)area * table, XCCL_PAGE);
+        if (status != XCCL_OK)
+            return status;
+    }
+    int status = xccl_heap_commit(world, XCCL_AREAS * table, XCCL_PAGE);
+    if (status != XCCL_OK)
+        return status;
+    /* release: who sees ATTACHED sees pid, start time and the zeroed boot pages */
+    atomic_store_explicit(&entry->state, XCCL_RANK_ATTACHED, memory_order_release);
+    return XCCL_OK;
+}
+
+static void ring_all(xccl_world_t *world) {
+    for (int rank = 0; rank < world->size; rank++)
+        if (rank != world->rank)
+            xccl_ring(world, rank);
+}
+
+static int open_world(int fd, int rank, const char *session, xccl_world_t **out) {
+    xccl_header_t header;
+    int status = read_header(fd, session, &header);
+    if (status != XCCL_OK)
+        return status;
+    if (rank >= header.config.size)
+        return xccl_fail(XCCL_ERR_USAGE, "rank %d of a world of %d ranks", rank, header.config.size);
+    xccl_world_t *world = calloc(1, sizeof *world);
+    if (!world)
+        return xccl_fail(XCCL_ERR_MEMORY, "out of memory");
+    world->rank = rank;
+    world->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    if (world->fd < 0) {
+        status = xccl_fail_errno(errno, "cannot duplicate descriptor %d", fd);
+        free(world);
+        return status;
+    }
+    pthread_once(&fork_once, watch_forks);
+    world->fork_generation = atomic_load_explicit(&fork_generation, memory_order_relaxed);
+    /* an observer needs only the control page */
+    uint64_t windows = rank < 0 ? 0 : (uint64_t)header.config.size * header.stride;
+    status = map_object(world, header.control_bytes + windows);
+    if (status != XCCL_OK) {
+        close(world->fd);
+        free(world);
+        return status;
+    }
+    bind_views(world);
+    *out = world;
+    return XCCL_OK;
+}
+
+int xccl_shm_attach(int fd, int rank, const char *session, xccl_world_t **out) {
+    if (rank < 0)
+        return xccl_fail(XCCL_ERR_USAGE, "rank %d is negative", rank);
+    xccl_world_t *world = NULL;
+    int status = open_world(fd, rank, session, &world);
+    if (status != XCCL_OK)
+        return status;
+    status = claim_rank(world);
+    if (status != XCCL_OK) {
+        xccl_shm_unmap(world);
+        return status;
+    }
+    xccl_op_begin(world, XCCL_OP_INIT);
+    ring_all(world);
+    *out = world;
+    return XCCL_OK;
+}
+
+int xccl_shm_observe(int fd, xccl_world_t **out) {
+    return open_world(fd, -1, NULL, out);
+}
+
+static bool all_attached(void *arg) {
+    xccl_world_t *world = arg;
+    for (int rank = 0; rank < world->size; rank++)
+        if (atomic_load_explicit(&world->ranks[rank].state, memory_order_acquire) == XCCL_RANK_ABSENT)
+            return false;
+    return true;
+}
+
+static bool absent_rank(void *arg, int index, xccl_awaited_t *out) {
+    xccl_world_t *world = arg;
+    for (int rank = 0; rank < world->size; rank++)
+        if (atomic_load_explicit(&world->ranks[rank].state, memory_order_acquire) == XCCL_RANK_ABSENT && index-- == 0) {
+            *out = (xccl_awaited_t){.peer = rank, .expected = 1, .seen = 0, .what = "attach"};
+            return true;
+        }
+    return false;
+}
+
+int xccl_shm_wait_all_attached(xccl_world_t *world, int64_t timeout_ns) {
+    if (timeout_ns == XCCL_TIMEOUT_DEFAULT)
+        timeout_ns = world->header->config.init_timeout_ns;
+    xccl_wait_t wait = {.ready = all_attached, .awaited = absent_rank, .arg = world};
+    return xccl_wait(world, &wait, xccl_deadline(world, timeout_ns));
+}
+
+void xccl_shm_detach(xccl_world_t *world) {
+    if (world->detached || world->rank < 0)
+        return;
+    world->detached = true;
+    if (world->fork_generation != atomic_load_explicit(&fork_generation, memory_order_relaxed))
+        return; /* a forked child: the rank is still its parent's */
+    /* release: all that this rank wrote is visible to who sees that it left */
+    atomic_store_explicit(&world->ranks[world->rank].state, XCCL_RANK_CLOSED, memory_order_release);
+    ring_all(world);
+}
+
+void xccl_shm_unmap(xccl_world_t *world) {
+    if (!world)
+        return;
+    munmap(world->base, world->mapped_bytes);
+    close(world->fd);
+    free(world);
+}
+
+void xccl_shm_set_timeout(xccl_world_t *world, int64_t timeout_ns) {
+    world->timeout_ns = timeout_ns;
+}
+
+int xccl_shm_rank(const xccl_world_t *world) {
+    return world->rank;
+}
+
+int xccl_shm_size(const xccl_world_t *world) {
+    return world->size;
+}
+
+void xccl_shm_set_interrupt(xccl_world_t *world, xccl_interrupt_fn interrupted) {
+    world->interrupted = interrupted;
+}
+
+int xccl_shm_die_with_parent(int parent_pid) {
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0)
+        return xccl_fail_errno(errno, "cannot ask for a signal at the parent's death");
+    if (getppid() != parent_pid)
+        return xccl_fail(XCCL_ERR_PEER_LOST, "the parent process %d has ended already", parent_pid);
+    return XCCL_OK;
+}
+
+/* ---- abort ---- */
+
+void xccl_shm_abort(xccl_world_t *world, const char *text) {
+    int32_t none = 0;
+    if (!atomic_compare_exchange_strong(&world->header->abort_state, &none, 1))
+        return;
+    snprintf(world->abort_text, XCCL_ABORT_TEXT_BYTES, "%s", text ? text : "");
+    atomic_store(&world->header->abort_rank, world->rank);
+    /* release: who sees 2 sees rank and text */
+    atomic_store_explicit(&world->header->abort_state, 2, memory_order_release);
+    ring_all(world);
+}
+
+int xccl_shm_is_aborted(const xccl_world_t *world, int *out_rank, char *text, size_t text_bytes) {
+    /* acquire pairs with the release in xccl_shm_abort */
+    if (atomic_load_explicit(&world->header->abort_state, memory_order_acquire) != 2)
+        return 0;
+    if (text && text_bytes)
+        snprintf(text, text_bytes, "%s", world->abort_text);
+    if (out_rank)
+        *out_rank = atomic_load(&world->header->abort_rank);
+    return 1;
+}
+
+static int fail_aborted(const xccl_world_t *world) {
+    int rank = atomic_load(&world->header->abort_rank);
+    if (rank < 0)
+        return xccl_fail(XCCL_ERR_ABORTED, "the launcher ended the world: %s", world->abort_text);
+    return xccl_fail(XCCL_ERR_ABORTED, "rank %d ended the world:\n%s", rank, world->abort_text);
+}
+
+int xccl_check_usable(const xccl_world_t *world) {
+    if (world->fork_generation != atomic_load_explicit(&fork_generation, memory_order_relaxed))
+        return xccl_fail(XCCL_ERR_USAGE,
+                         "this process was forked from rank %d after xccl.init(): only the parent is the "
+                         "rank. Fork before init, or start ranks with xccl.run",
+                         world->rank);
+    if (world->detached)
+        return xccl_fail(XCCL_ERR_USAGE, "rank %d has closed its communicator", world->rank);
+    return xccl_shm_is_aborted(world, NULL, NULL, 0) ? fail_aborted(world) : XCCL_OK;
+}
+
+/* ---- the rank table ---- */
+
+static const char *const OPERATIONS[XCCL_OP_COUNT] = {
+    [XCCL_OP_NONE] = "nothing",
+    [XCCL_OP_INIT] = "init",
+    [XCCL_OP_SPLIT] = "split",
+    [XCCL_OP_CLOSE] = "close",
+    [XCCL_OP_ALLOC] = "allocation",
+    [XCCL_OP_FREE] = "free",
+    [XCCL_OP_WAIT_UNTIL] = "wait_until",
+    [XCCL_OP_SEND] = "send",
+    [XCCL_OP_RECV] = "recv",
+    [XCCL_OP_WAIT] = "wait",
+    [XCCL_OP_BARRIER] = "barrier",
+    [XCCL_OP_BROADCAST] = "broadcast",
+    [XCCL_OP_ALL_GATHER] = "all_gather",
+    [XCCL_OP_ALL_REDUCE] = "all_reduce",
+    [XCCL_OP_REDUCE_SCATTER] = "reduce_scatter",
+    [XCCL_OP_ALL_TO_ALL] = "all_to_all",
+    [XCCL_OP_ALL_TO_ALL_V] = "all_to_all_v",
+    [XCCL_OP_DISPATCH] = "dispatch",
+    [XCCL_OP_COMBINE] = "combine",
+    [XCCL_OP_EP_OPEN] = "ExpertParallel",
+};
+
+const char *xccl_op_name(int op) {
+    return op >= 0 && op < XCCL_OP_COUNT ? OPERATIONS[op] : "?";
+}
+
+/* The coarse clock costs a few nanoseconds and ticks every few milliseconds: enough for "moved 3 s ago". */
+static int64_t coarse_now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+void xccl_op_begin(xccl_world_t *world, xccl_op_t op) {
+    xccl_rank_entry_t *entry = &world->ranks[world->rank];
+    /* relaxed: readers only show these words; the rank is their one writer */
+    uint64_t sequence = atomic_load_explicit(&entry->sequence, memory_order_relaxed);
+    atomic_store_explicit(&entry->sequence, sequence + 1, memory_order_relaxed);
+    atomic_store_explicit(&entry->operation, op, memory_order_relaxed);
+    atomic_store_explicit(&entry->phase, 0, memory_order_relaxed);
+    atomic_store_explicit(&entry->moved_ns, coarse_now_ns(), memory_order_relaxed);
+}
+
+void xccl_op_phase(xccl_world_t *world, int phase) {
+    atomic_store_explicit(&world->ranks[world->rank].phase, phase, memory_order_relaxed);
+}
+
+bool xccl_shm_is_dead(const xccl_world_t *world, int rank) {
+    xccl_rank_entry_t *entry = &world->ranks[rank];
+    int32_t state = atomic_load_explicit(&entry->state, memory_order_acquire);
+    if (state != XCCL_RANK_ATTACHED)
+        return state == XCCL_RANK_DEAD;
+    int pid = atomic_load_explicit(&entry->pid, memory_order_relaxed);
+    process_t process;
+    bool gone;
+    if (read_process(pid, &process))
+        gone = process.state == 'Z' || process.state == 'X' ||
+               process.start_time != atomic_load_explicit(&entry->start_time, memory_order_relaxed);
+    else
+        gone = kill(pid, 0) != 0 && errno == ESRCH;
+    if (!gone)
+        return false;
+    /* It may have left in order between the first look and its end. */
+    return atomic_compare_exchange_strong(&entry->state, &state, XCCL_RANK_DEAD) || state == XCCL_RANK_DEAD;
+}
+
+int xccl_shm_rank_info(const xccl_world_t *world, int rank, xccl_rank_info_t *out) {
+    if (rank < 0 || rank >= world->size)
+        return xccl_fail(XCCL_ERR_USAGE, "rank %d of a world of %d ranks", rank, world->size);
+    const xccl_rank_entry_t *entry = &world->ranks[rank];
+    *out = (xccl_rank_info_t){
+        .state = xccl_shm_is_dead(world, rank) ? XCCL_RANK_DEAD : atomic_load(&entry->state),
+        .pid = atomic_load(&entry->pid),
+        .start_time = atomic_load(&entry->start_time),
+        .sequence = atomic_load(&entry->sequence),
+        .phase = atomic_load(&entry->phase),
+        .waits_for = atomic_load(&entry->waits_for),
+        .moved_ns = atomic_load(&entry->moved_ns),
+    };
+    snprintf(out->operation, sizeof out->operation, "%s", xccl_op_name(atomic_load(&entry->operation)));
+    return XCCL_OK;
+}
+
+void xccl_shm_describe_rank(const xccl_world_t *world, int rank, char *out, size_t bytes) {
+    static const char *const STATES[] = {"not attached yet", "alive", "has left", "dead"};
+    xccl_rank_info_t info;
+    if (xccl_shm_rank_info(world, rank, &info) != XCCL_OK) {
+        snprintf(out, bytes, "rank %d", rank);
+        return;
+    }
+    if (info.state == XCCL_RANK_ABSENT) {
+        snprintf(out, bytes, "rank %d: %s", rank, STATES[info.state]);
+        return;
+    }
+    snprintf(out, bytes, "rank %d (pid %d, %s): operation %llu (%s), phase %d, last moved %.1f s ago", rank, info.pid,
+             STATES[info.state], (unsigned long long)info.sequence, info.operation, info.phase,
+             (double)(coarse_now_ns() - info.moved_ns) * 1e-9);
+}

@@ -1,0 +1,40 @@
+"""xccl: a shared-memory address space with put/get/signal, send/receive, collectives and MoE dispatch/combine.
+
+    import xccl
+
+    comm = xccl.init()                      # under `xccl run -n 4 prog.py`, mpirun, torchrun, or alone
+    total = comm.all_reduce(x)
+
+See https://arxiv.org/abs/2508.02520 for the library that this one is modelled on.
+"""
+
+from xccl.communicator import Communicator, init
+from xccl.errors import (
+    XcclAborted,
+    XcclError,
+    XcclOutOfMemory,
+    XcclPeerLost,
+    XcclSystemError,
+    XcclTimeout,
+    XcclUsageError,
+)
+from xccl.launcher import run
+from xccl.options import rc
+from xccl.signals import Signal
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Communicator",
+    "Signal",
+    "XcclAborted",
+    "XcclError",
+    "XcclOutOfMemory",
+    "XcclPeerLost",
+    "XcclSystemError",
+    "XcclTimeout",
+    "XcclUsageError",
+    "init",
+    "rc",
+    "run",
+]

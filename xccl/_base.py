@@ -1,0 +1,23 @@
+"""What all parts of a communicator share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xccl._world import World
+from xccl.errors import XcclUsageError
+
+
+class CommunicatorBase:
+    """A communicator's handle, rank and size; the parts of its API are mixins over this."""
+
+    _c: Any  # xccl_comm_t *, None after close
+    _world: World
+    rank: int
+    size: int
+
+    def _handle(self) -> Any:
+        """The C handle; raises XcclUsageError after close."""
+        if self._c is None:
+            raise XcclUsageError(f"rank {self.rank}: this communicator is closed")
+        return self._c

@@ -1,0 +1,160 @@
+"""One rank's attachment to the shared object, and the creation of that object."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import threading
+import traceback
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import posix_ipc
+
+from xccl._binding import check, ffi, lib
+from xccl.errors import XcclAborted
+from xccl.options import check_environment, rc
+
+
+def create_object(size: int) -> tuple[int, str]:
+    """Creates the shared object for a world of `size` ranks; returns its descriptor and session id.
+
+    The object loses its name at once: ranks get the descriptor from a parent or over a socket, so nothing is
+    left in /dev/shm whatever dies when.
+    """
+    check_environment()
+    session = secrets.token_hex(12)
+    memory = posix_ipc.SharedMemory(f"/xccl-{session}", posix_ipc.O_CREX, mode=0o600)
+    try:
+        memory.unlink()
+        check(lib.xccl_shm_format(memory.fd, _config(size, session)))
+    except BaseException:
+        memory.close_fd()
+        raise
+    return memory.fd, session
+
+
+def _config(size: int, session: str) -> Any:
+    return ffi.new(
+        "xccl_config_t *",
+        {
+            "size": size,
+            "cores": len(os.sched_getaffinity(0)),
+            "heap_bytes": rc.heap_size,
+            "p2p_slot_bytes": rc.p2p_slot_size,
+            "p2p_slots": rc.p2p_slots,
+            "coll_block_bytes": rc.coll_block_size,
+            "spin": rc.spin,
+            "yields": rc.yields,
+            "timeout_ns": int(rc.timeout * 1e9),
+            "init_timeout_ns": int(rc.init_timeout * 1e9),
+            "session": session.encode(),
+        },
+    )
+
+
+class World:
+    """A rank's mapping of the shared object.
+
+    It is unmapped when the communicators and the last array that lies in it are gone, so an array never dangles.
+    """
+
+    def __init__(self, fd: int, rank: int, session: str) -> None:
+        out = ffi.new("xccl_world_t **")
+        check(lib.xccl_shm_attach(fd, rank, session.encode(), out))
+        self._w = out[0]
+        self.rank = rank
+        self.size = int(lib.xccl_shm_size(self._w))
+        self.session = session
+        if threading.current_thread() is threading.main_thread():
+            lib.xccl_shm_set_interrupt(self._w, lib.xccl_python_interrupted)
+
+    def wait_all_attached(self) -> None:
+        """Returns when every rank has attached; raises XcclTimeout naming those that are missing."""
+        check(lib.xccl_shm_wait_all_attached(self._w, lib.XCCL_TIMEOUT_DEFAULT))
+
+    def detach(self) -> None:
+        """Leaves the world. Arrays stay readable."""
+        lib.xccl_shm_detach(self._w)
+
+    def abort(self, text: str) -> None:
+        """Ends the world: every blocked or later call of every rank raises XcclAborted with `text`."""
+        lib.xccl_shm_abort(self._w, text.encode(errors="replace"))
+
+    def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+        """Array over own memory at `offset`; it keeps the mapping alive."""
+        return self.array_at(int(ffi.cast("uintptr_t", lib.xccl_gas_local(self._w, offset))), shape, dtype)
+
+    def array_at(self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+        """Array over mapped memory at `address`; it keeps the mapping alive."""
+        nbytes = dtype.itemsize
+        for extent in shape:
+            nbytes *= extent
+        block = np.asarray(_Block(self, address, max(nbytes, 1)))
+        return block[:nbytes].view(dtype).reshape(shape)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_w"):
+            lib.xccl_shm_detach(self._w)
+            lib.xccl_shm_unmap(self._w)
+
+
+class _Block:
+    """Bytes of the mapping as NumPy sees them. NumPy keeps this object as the array's base, and it the world."""
+
+    def __init__(self, world: World, address: int, nbytes: int) -> None:
+        self.world = world
+        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (address, False)}
+
+
+class Observer:
+    """The control page as a launcher sees it: states of ranks, and the abort flag."""
+
+    def __init__(self, fd: int) -> None:
+        out = ffi.new("xccl_world_t **")
+        check(lib.xccl_shm_observe(fd, out))
+        self._w = out[0]
+
+    def abort(self, text: str) -> None:
+        """Ends the world in the launcher's name."""
+        lib.xccl_shm_abort(self._w, text.encode(errors="replace"))
+
+    def aborted_by(self) -> tuple[int, str] | None:
+        """Rank and message of who ended the world; None while it goes on."""
+        rank, text = ffi.new("int *"), ffi.new("char[]", lib.XCCL_ABORT_TEXT_BYTES)
+        if not lib.xccl_shm_is_aborted(self._w, rank, text, lib.XCCL_ABORT_TEXT_BYTES):
+            return None
+        return int(rank[0]), ffi.string(text).decode(errors="replace")
+
+    def describe(self, rank: int) -> str:
+        """What `rank` did last: "operation 118 (combine), phase 1"."""
+        info = ffi.new("xccl_rank_info_t *")
+        check(lib.xccl_shm_rank_info(self._w, rank, info))
+        if not info.pid:
+            return "before xccl.init"
+        name = ffi.string(info.operation).decode()
+        return f"operation {info.sequence} ({name}), phase {info.phase}"
+
+    def close(self) -> None:
+        """Unmaps the control page."""
+        lib.xccl_shm_unmap(self._w)
+
+
+def abort_on_uncaught(world: World, then_exit: Any = None) -> None:
+    """Makes an uncaught exception of this process end the world, so that no peer waits for it.
+
+    `then_exit`, if given, is called afterwards (MPI's abort).
+    """
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        world.abort("".join(traceback.format_exception(kind, error, trace)))
+        # The rank that raised shows its traceback; the others only follow.
+        if not (isinstance(error, XcclAborted) and "XCCL_LAUNCHER_PID" in os.environ):
+            previous(kind, error, trace)
+        if then_exit is not None:
+            then_exit()
+
+    sys.excepthook = hook

@@ -1,0 +1,125 @@
+"""The communicator: a group of ranks with the address space, send/receive and collectives."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from types import TracebackType
+from typing import Any
+
+from xccl._binding import check, ffi, lib, timeout_ns
+from xccl._world import World, abort_on_uncaught
+from xccl.address_space import AddressSpace
+from xccl.bootstrap import find_place
+from xccl.collectives import Collectives
+from xccl.errors import XcclUsageError
+from xccl.point_to_point import PointToPoint
+
+
+class Communicator(AddressSpace, PointToPoint, Collectives):
+    """A group of ranks. Made by `xccl.init()` (all ranks) and `split` (some of them).
+
+    Attributes
+    ----------
+    rank, size : int
+        This process's rank in the group, and the number of ranks.
+    """
+
+    def __init__(self, world: World, handle: Any, parent: Communicator | None = None) -> None:
+        self._world = world
+        self._parent = parent  # a group lives no longer than its world
+        self._c = handle
+        self.rank = int(lib.xccl_comm_rank(handle))
+        self.size = int(lib.xccl_comm_size(handle))
+        self._discard = weakref.finalize(self, _discard, world, handle)
+
+    def split(self, color: int | None, key: int = 0, *, timeout: float | None = None) -> Communicator | None:
+        """Makes a communicator of all ranks that give the same `color`, ordered by (key, rank). Collective.
+
+        `color` is a number >= 0; with None the rank takes part in the call but gets None.
+        """
+        if color is not None and color < 0:
+            raise XcclUsageError(f"split: color is a number >= 0 or None, got {color}")
+        out = ffi.new("xccl_comm_t **")
+        check(lib.xccl_comm_split(self._handle(), -1 if color is None else color, key, timeout_ns(timeout), out))
+        return None if out[0] == ffi.NULL else Communicator(self._world, out[0], self)
+
+    def close(self, *, timeout: float | None = None) -> None:
+        """Completes pending sends and leaves. Arrays stay readable, but no call works any more. Twice is no error.
+
+        For a communicator made by `split` this is collective; the one of `xccl.init` each rank leaves alone.
+        """
+        if self._c is None:
+            return
+        check(lib.xccl_comm_close(self._handle(), timeout_ns(timeout)))
+        self._discard.detach()
+        self._c = None
+        if self._parent is None:
+            self._world.detach()
+
+    def abort(self, message: str) -> None:
+        """Ends the world: every blocked or later call of every rank raises XcclAborted with `message`."""
+        self._world.abort(message)
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an exception the others may be in the middle of an operation: it must end the world, not wait for them.
+        if kind is None:
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._c is None else f"session {self._world.session}"
+        return f"<xccl.Communicator rank {self.rank} of {self.size}, {state}>"
+
+    def __reduce__(self) -> Any:
+        raise XcclUsageError("a communicator belongs to its process and cannot be pickled")
+
+
+def _discard(world: World, handle: Any) -> None:
+    """A communicator that nobody closed gives back what it holds in this process."""
+    lib.xccl_comm_discard(handle)
+
+
+def init(comm: Any = None, *, timeout: float | None = None) -> Communicator:
+    """Starts xccl in this process and returns the communicator of all ranks. Collective over the job.
+
+    Parameters
+    ----------
+    comm
+        An mpi4py communicator whose ranks shall form the world. Without it the ranks are those of `xccl run`,
+        mpirun or torchrun; a process started by none of these is a world of its own (size 1).
+    timeout : float, optional
+        Seconds that a blocking call waits when it is given none (default: XCCL_TIMEOUT, 300 s).
+
+    Raises
+    ------
+    XcclUsageError
+        Wrong mpi4py for this mpirun, an unknown XCCL_* variable, a second init under a launcher.
+    XcclTimeout
+        Some ranks did not start in time (XCCL_INIT_TIMEOUT); they are named.
+    """
+    place = find_place(comm)
+    try:
+        world = World(place.fd, place.rank, place.session)
+    finally:
+        os.close(place.fd)
+    if timeout is not None:
+        lib.xccl_shm_set_timeout(world._w, timeout_ns(timeout))
+    abort_on_uncaught(world, place.abort)
+    world.wait_all_attached()
+    out = ffi.new("xccl_comm_t **")
+    check(lib.xccl_comm_open(world._w, out))
+    atexit.register(_leave, weakref.ref(world))
+    return Communicator(world, out[0])
+
+
+def _leave(world: weakref.ref[World]) -> None:
+    """A process that ends has left: its peers need not find out that it is gone."""
+    alive = world()
+    if alive is not None:
+        alive.detach()
