@@ -47,9 +47,14 @@ int xccl_comm_split(xccl_comm_t *parent, int64_t color, int64_t key, int64_t tim
 }
 
 int xccl_comm_close(xccl_comm_t *comm, int64_t timeout_ns) {
-    int status = xccl_comm_check(comm);
-    if (status != XCCL_OK)
+    int status = xccl_check_usable(comm->world);
+    if (status == XCCL_ERR_USAGE)
         return status;
+    if (status == XCCL_ERR_ABORTED || comm->broken) {
+        /* the members are out of step: there is nobody to complete anything with */
+        xccl_comm_discard(comm);
+        return XCCL_OK;
+    }
     xccl_op_begin(comm->world, XCCL_OP_CLOSE);
     int64_t deadline = xccl_deadline(comm->world, timeout_ns);
     status = xccl_comm_settle(comm, xccl_p2p_close(comm, deadline));

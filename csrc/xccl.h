@@ -143,7 +143,8 @@ int xccl_comm_open(xccl_world_t *world, xccl_comm_t **out);
 int xccl_comm_split(xccl_comm_t *parent, int64_t color, int64_t key, int64_t timeout_ns, xccl_comm_t **out);
 
 /* Completes pending sends, then releases the communicator. Collective for a communicator made by split;
- * for that of the world every rank leaves by itself. */
+ * for that of the world every rank leaves by itself. After an abort, or a failed collective, it only frees the handle.
+ */
 int xccl_comm_close(xccl_comm_t *comm, int64_t timeout_ns);
 
 /* Frees the local handle without talking to anybody: after an error, or at exit. */

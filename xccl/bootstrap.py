@@ -85,8 +85,8 @@ def _world_of_mpi() -> Any:
         ) from error
     if MPI.COMM_WORLD.size != _mpi_size():
         raise XcclUsageError(
-            f"mpirun started {_mpi_size()} ranks, but mpi4py sees a world of {MPI.COMM_WORLD.size}: mpi4py uses another "
-            f"MPI than this mpirun ({MPI.Get_library_version().splitlines()[0]}). Use that MPI's mpirun, or point "
+            f"mpirun started {_mpi_size()} ranks, but mpi4py sees {MPI.COMM_WORLD.size}: it uses "
+            f"another MPI than this mpirun ({MPI.Get_library_version().splitlines()[0]}). Use that MPI's mpirun, or point "
             "MPI4PY_LIBMPI at the library of this one"
         )
     return MPI.COMM_WORLD
@@ -155,7 +155,7 @@ def _serve_object(name: str, fd: int, session: str, peers: int, deadline: float)
                 peer, _ = server.accept()
             except TimeoutError:
                 raise XcclTimeout(
-                    f"rank 0: {peers - served} of {peers + 1} ranks did not come to xccl.init in time (XCCL_INIT_TIMEOUT)"
+                    f"rank 0: {peers - served} of {peers + 1} ranks did not call xccl.init in time (XCCL_INIT_TIMEOUT)"
                 ) from None
             with peer:
                 _check_peer(peer)

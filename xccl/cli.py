@@ -13,7 +13,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser with all subcommands."""
     parser = argparse.ArgumentParser(
         prog="xccl",
-        description="Shared-memory communication for ranks on one machine. (Not PyTorch's Intel-XPU backend of that name.)",
+        description="Shared-memory communication for the ranks of one machine.",
     )
     parser.add_argument("--version", action="version", version=f"xccl {xccl.__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -1,0 +1,111 @@
+"""xccl.run: results, failures, deaths, time limits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import xccl
+
+
+def test_results_come_by_rank() -> None:
+    factor = 3
+    assert xccl.run(lambda comm, more: (comm.rank * factor + more, comm.size), 4, 10) == [
+        (10, 4),
+        (13, 4),
+        (16, 4),
+        (19, 4),
+    ]
+
+
+def test_large_results_arrive() -> None:
+    for rank, result in enumerate(xccl.run(lambda comm: np.full(1_000_000, comm.rank), 2)):
+        assert (result == rank).all()
+
+
+def test_an_exception_ends_all_and_carries_its_traceback() -> None:
+    def fail_on_one(comm: xccl.Communicator) -> None:
+        if comm.rank == 1:
+            raise KeyError("the reason")
+        comm._sync(None)
+
+    with pytest.raises(xccl.XcclAborted, match="rank 1 raised") as caught:
+        xccl.run(fail_on_one, 3, timeout=30)
+    assert caught.value.rank == 1
+    assert "fail_on_one" in caught.value.traceback_text
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_rank_is_named_and_ends_all(number: signal.Signals) -> None:
+    def die(comm: xccl.Communicator) -> None:
+        if comm.rank == 2:
+            os.kill(os.getpid(), number)
+        comm._sync(None)
+
+    start = time.monotonic()
+    with pytest.raises(xccl.XcclPeerLost, match=rf"rank 2 .* was killed by {number.name} in operation"):
+        xccl.run(die, 4, timeout=30)
+    assert time.monotonic() - start < 20  # an order of magnitude below the time limit: not a matter of speed
+
+
+def test_a_rank_that_leaves_is_noticed_by_those_who_wait_for_it() -> None:
+    def leave(comm: xccl.Communicator) -> str:
+        if comm.rank == 0:
+            return "left"
+        with pytest.raises(xccl.XcclPeerLost, match="rank 0 is lost.*has left"):
+            comm._sync(None)
+        return "noticed"
+
+    assert xccl.run(leave, 2, timeout=30) == ["left", "noticed"]
+
+
+def test_peers_notice_a_death_without_a_launcher_telling_them() -> None:
+    """The survivors look at the process table themselves: here the parent is stopped from telling them."""
+
+    def die(comm: xccl.Communicator) -> None:
+        if comm.rank == 1:
+            child = os.fork()  # keeps the result pipe open, so that the parent only sees the process end
+            if child == 0:
+                time.sleep(0.5)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+        comm._sync(None)
+
+    with pytest.raises((xccl.XcclPeerLost, xccl.XcclAborted), match="rank 1"):
+        xccl.run(die, 3, timeout=30)
+    time.sleep(0.6)
+
+
+def test_the_time_limit_tells_what_ranks_do() -> None:
+    def hang(comm: xccl.Communicator) -> None:
+        if comm.rank == 1:
+            time.sleep(60)
+        comm._sync(None)
+
+    with pytest.raises(xccl.XcclTimeout, match=r"(?s)2 of 2 ranks did not finish in 0.5 s.*rank 0 .*\(barrier\)"):
+        xccl.run(hang, 2, timeout=0.5)
+
+
+def test_output_goes_to_logs(tmp_path: Path) -> None:
+    xccl.run(lambda comm: print(f"I am {comm.rank}"), 2, logs=tmp_path)
+    assert [(tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1)] == ["I am 0\n", "I am 1\n"]
+
+
+def test_worlds_nest_and_repeat() -> None:
+    def outer(comm: xccl.Communicator) -> list[int]:
+        return xccl.run(lambda inner: inner.size * 10 + comm.rank, 2)
+
+    for _ in range(3):
+        assert xccl.run(outer, 2) == [[20, 20], [21, 21]]
+
+
+@pytest.mark.parametrize("nranks", [0, -1, 5000, 1.5])
+def test_impossible_sizes_are_refused(nranks: int) -> None:
+    with pytest.raises(xccl.XcclUsageError, match="number of ranks"):
+        xccl.run(lambda comm: None, nranks)
