@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -161,22 +163,46 @@ def test_wrong_command_lines_are_explained(arguments: list[str], message: str, c
     assert "Traceback" not in done.stderr
 
 
-def test_torchruns_variables_form_a_world(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text("import xccl\nwith xccl.init() as comm:\n    print(comm.rank, comm.size)\n")
-    shared = {
-        "WORLD_SIZE": "3",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(os.getpid()),
-        "TORCHELASTIC_RUN_ID": "t",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(program)],
-            env=os.environ | shared | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
+@pytest.fixture
+def start_as_torchrun(tmp_path: Path) -> Iterator[Callable[[str, int], list[subprocess.Popen[str]]]]:
+    """Starts ranks of a program that nobody watches over; ends what still runs afterwards."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(body: str, size: int) -> list[subprocess.Popen[str]]:
+        program = tmp_path / "program.py"
+        program.write_text("import os, sys\nimport xccl\ncomm = xccl.init()\n" + body)
+        job = {
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(os.getpid()),
+            "TORCHELASTIC_RUN_ID": "t",
+        }
+        for rank in range(size):
+            environment = os.environ | job | {"RANK": str(rank)}
+            started.append(
+                subprocess.Popen([sys.executable, str(program)], env=environment, stdout=PIPE, stderr=PIPE, text=True)
+            )
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_torchruns_variables_form_a_world(start_as_torchrun: Callable[..., list[subprocess.Popen[str]]]) -> None:
+    ranks = start_as_torchrun("print(comm.rank, comm.size)\ncomm.close()\n", 3)
     assert [rank.communicate(timeout=30)[0] for rank in ranks] == [f"{rank} 3\n" for rank in range(3)]
+
+
+def test_a_death_is_noticed_without_a_launcher(
+    start_as_torchrun: Callable[..., list[subprocess.Popen[str]]],
+) -> None:
+    """Nobody watches over these ranks: the survivors find the dead one in the process table, and name it."""
+    body = "os.kill(os.getpid(), 9) if comm.rank == 1 else comm.wait_until(comm.signal(), '==', 1)\n"
+    ranks = start_as_torchrun(body, 3)
+    outputs = [rank.communicate(timeout=30) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, -9, 1]
+    for survivor in (0, 2):
+        assert "rank 1" in outputs[survivor][1]
+    assert any(f"XcclPeerLost: rank {r}:" in outputs[r][1] and "rank 1 is lost" in outputs[r][1] for r in (0, 2))

@@ -6,10 +6,12 @@ import os
 import pickle
 import time
 
+import numpy as np
 import pytest
 from support import ranks
 
 import xccl
+from xccl._binding import lib
 
 
 def test_alone_is_a_world_of_one() -> None:
@@ -50,21 +52,31 @@ def test_split_without_color_gives_none(comm: xccl.Communicator) -> None:
 @ranks(4)
 def test_groups_are_made_and_closed_many_times(comm: xccl.Communicator) -> None:
     """Bug classes 4 and 10: contexts are used again and start from zero; the world stays in step."""
+    arrived = comm.zeros((comm.size, 1), "int64")
+    stamp = 0
     for turn in range(300):
         group = comm.split((comm.rank + turn) % 2 if turn % 3 else comm.rank // 2)
         assert group is not None
         for _ in range(turn % 4):
+            stamp += 1
+            for pe in range(comm.size):
+                comm.put(arrived[comm.rank], np.array([stamp]), pe)
             group._sync(None)
+            # a barrier that a stale counter lets through would show an old stamp of a slower member
+            assert (arrived[_members(comm, group)] >= stamp).all()
         group.close()
     comm._sync(None)
 
 
+def _members(comm: xccl.Communicator, group: xccl.Communicator) -> list[int]:
+    return [lib.xccl_comm_world_rank(group._handle(), pe) for pe in range(group.size)]
+
+
 @ranks(2)
 def test_groups_are_limited_by_a_clear_error(comm: xccl.Communicator) -> None:
-    groups = []
+    groups = [comm.split(0) for _ in range(255)]
     with pytest.raises(xccl.XcclUsageError, match="close communicators that are no longer needed"):
-        for _ in range(300):
-            groups.append(comm.split(0))
+        comm.split(0)
     for group in groups:
         assert group is not None
         group.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 
@@ -32,7 +33,7 @@ def test_thousand_rounds_of_allocation_and_free_leak_nothing(comm: xccl.Communic
             a[...] = turn % 251 + 1
             live.append(a)
     spans = sorted((_offset(comm, a), max(a.nbytes, 1)) for a in live)
-    assert all(start + size <= following for (start, size), (following, _) in zip(spans, spans[1:], strict=False))
+    assert all(start + size <= following for (start, size), (following, _) in itertools.pairwise(spans))
     for a in live:
         comm.free(a)
     assert lib.xccl_heap_used(comm._world._w, lib.XCCL_AREA_APP) == 0
@@ -65,10 +66,7 @@ def test_a_rank_that_asks_for_something_else_is_named_on_all(comm: xccl.Communic
         comm.zeros(10, "int64" if comm.rank == 2 else "float64")
     a = comm.zeros(10)
     with pytest.raises(xccl.XcclUsageError, match="rank 1 calls free while rank 0 calls allocation"):
-        if comm.rank == 1:
-            comm.free(a)
-        else:
-            comm.zeros(10)
+        comm.free(a) if comm.rank == 1 else comm.zeros(10)
     # the communicator goes on working
     comm.put(a, np.arange(10.0), (comm.rank + 1) % comm.size)
     comm._sync(None)
@@ -79,7 +77,7 @@ def test_a_rank_that_asks_for_something_else_is_named_on_all(comm: xccl.Communic
 def test_too_much_memory_tells_needed_and_free(comm: xccl.Communicator) -> None:
     free = os.statvfs("/dev/shm")
     too_much = free.f_bavail * free.f_frsize * 2
-    with pytest.raises(xccl.XcclOutOfMemory, match="enlarge /dev/shm|failed on rank"):
+    with pytest.raises(xccl.XcclOutOfMemory, match=r"enlarge /dev/shm|failed on rank"):
         comm.empty(too_much, "uint8")
     with pytest.raises(xccl.XcclOutOfMemory, match="XCCL_HEAP_SIZE"):
         comm.empty(1 << 45, "uint8")

@@ -58,28 +58,11 @@ def test_a_rank_that_leaves_is_noticed_by_those_who_wait_for_it() -> None:
     def leave(comm: xccl.Communicator) -> str:
         if comm.rank == 0:
             return "left"
-        with pytest.raises(xccl.XcclPeerLost, match="rank 0 is lost.*has left"):
+        with pytest.raises(xccl.XcclPeerLost, match=r"rank 0 is lost.*has left"):
             comm._sync(None)
         return "noticed"
 
     assert xccl.run(leave, 2, timeout=30) == ["left", "noticed"]
-
-
-def test_peers_notice_a_death_without_a_launcher_telling_them() -> None:
-    """The survivors look at the process table themselves: here the parent is stopped from telling them."""
-
-    def die(comm: xccl.Communicator) -> None:
-        if comm.rank == 1:
-            child = os.fork()  # keeps the result pipe open, so that the parent only sees the process end
-            if child == 0:
-                time.sleep(0.5)
-                os._exit(0)
-            os.kill(os.getpid(), signal.SIGKILL)
-        comm._sync(None)
-
-    with pytest.raises((xccl.XcclPeerLost, xccl.XcclAborted), match="rank 1"):
-        xccl.run(die, 3, timeout=30)
-    time.sleep(0.6)
 
 
 def test_the_time_limit_tells_what_ranks_do() -> None:
