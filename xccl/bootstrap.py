@@ -85,9 +85,9 @@ def _world_of_mpi() -> Any:
         ) from error
     if MPI.COMM_WORLD.size != _mpi_size():
         raise XcclUsageError(
-            f"mpirun started {_mpi_size()} ranks, mpi4py sees {MPI.COMM_WORLD.size}: it "
-            f"uses another MPI than this mpirun ({MPI.Get_library_version().splitlines()[0]}). Use that MPI's mpirun, or point "
-            "MPI4PY_LIBMPI at the library of this one"
+            f"mpirun started {_mpi_size()} ranks, but mpi4py sees {MPI.COMM_WORLD.size}: it uses another MPI than this "
+            f"mpirun ({MPI.Get_library_version().splitlines()[0]}). Use that MPI's mpirun, or point MPI4PY_LIBMPI at "
+            "the library of this one"
         )
     return MPI.COMM_WORLD
 
