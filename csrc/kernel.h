@@ -11,22 +11,7 @@
 #ifndef XCCL_KERNEL_H
 #define XCCL_KERNEL_H
 
-#include <stddef.h>
-#include <stdint.h>
-
-typedef enum {
-    XCCL_FLOAT32 = 0,
-    XCCL_FLOAT16 = 1,
-    XCCL_BFLOAT16 = 2,
-} xccl_dtype_t;
-
-/* Vector width to use; AUTO is the widest that this processor has. */
-typedef enum {
-    XCCL_SIMD_AUTO = 0,
-    XCCL_SIMD_SCALAR = 1,
-    XCCL_SIMD_AVX2 = 2,
-    XCCL_SIMD_AVX512 = 3,
-} xccl_simd_t;
+#include "xccl.h"
 
 typedef struct {
     const char *name; /* "scalar", "avx2", "avx512" */

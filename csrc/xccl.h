@@ -239,4 +239,98 @@ void xccl_gas_quiet(xccl_comm_t *comm);
 int xccl_gas_atomic(xccl_comm_t *comm, void *target, int width, xccl_atomic_op_t op, uint64_t value, uint64_t compare,
                     int pe, uint64_t *out_old);
 
+/* ---- moe: dispatch and combine ------------------------------------------------------------------------ */
+
+/* Type of the numbers in a row. */
+typedef enum xccl_dtype_t { XCCL_FLOAT32 = 0, XCCL_FLOAT16 = 1, XCCL_BFLOAT16 = 2 } xccl_dtype_t;
+
+/* How dispatch carries a row: as it is, or as int8 with one float32 scale (max|x| / 127). */
+typedef enum xccl_quant_t { XCCL_QUANT_NONE = 0, XCCL_QUANT_INT8 = 1 } xccl_quant_t;
+
+/* Vector width of the arithmetic; AUTO is the widest that the processor has. All give the same bits. */
+typedef enum xccl_simd_t {
+    XCCL_SIMD_AUTO = 0, XCCL_SIMD_SCALAR = 1, XCCL_SIMD_AVX2 = 2, XCCL_SIMD_AVX512 = 3
+} xccl_simd_t;
+
+/* An expert-parallel group: the experts of one MoE layer shape, spread over the members of a communicator.
+ * It belongs to one thread. All its operations are collective: a member without tokens takes part with none.
+ *
+ *     dispatch    send -> wait -> pull         tokens to the ranks of their experts
+ *     combine     send -> wait                 outputs of the experts back to the tokens, summed
+ *
+ * `send` publishes this member's part and does not wait for that of others; whatever lies between send and
+ * wait overlaps with the peers. Two dispatches and two combines may be in flight. Every step that fails with
+ * TIMEOUT or INTERRUPTED may be called again. */
+typedef struct xccl_moe_t xccl_moe_t;
+
+/* One dispatch of one member: what it sent where, and what it received. Combine needs it, once. */
+typedef struct xccl_moe_handle_t xccl_moe_handle_t;
+
+/* Equal on all members, except simd. */
+typedef struct xccl_moe_config_t {
+    int64_t num_experts;
+    int64_t hidden;         /* elements of a row */
+    int64_t num_topk;       /* expert slots of a token */
+    int64_t num_max_tokens; /* the most tokens that a member dispatches at once */
+    xccl_dtype_t dtype;
+    xccl_quant_t quant;
+    xccl_simd_t simd;
+} xccl_moe_config_t;
+
+/* Address space of each member's window that a group takes, in bytes. Pages are reserved only up to what
+ * routings really used, so this is the upper bound of the memory. */
+typedef struct xccl_moe_bytes_t {
+    uint64_t metadata; /* fields and signals; reserved at open */
+    uint64_t staging;  /* rows on their way, for two dispatches and two combines */
+    uint64_t pool;     /* for the caller's received rows and expert outputs */
+} xccl_moe_bytes_t;
+
+/* What xccl_moe_open will take with these arguments: the same computation. owner[expert] is the member that
+ * holds it. Local. */
+int xccl_moe_bytes(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner, xccl_moe_bytes_t *out);
+
+/* Opens a group over `comm`. A member whose arguments differ is named in a USAGE error on all members. Collective. */
+int xccl_moe_open(xccl_comm_t *comm, const xccl_moe_config_t *config, const int32_t *owner, int64_t timeout_ns,
+                  xccl_moe_t **out);
+
+/* Gives the blocks back and frees the group; USAGE while a dispatch or combine is in flight. If any member
+ * passes keep_pool, the pool stays reserved until the world ends, for arrays still in it. Collective. */
+int xccl_moe_close(xccl_moe_t *moe, int keep_pool, int64_t timeout_ns);
+
+/* Frees the local state without talking to anybody: after an error, or at exit. */
+void xccl_moe_discard(xccl_moe_t *moe);
+
+/* Offset in the own window, and bytes, of the pool: address space for rows that peers may read in place.
+ * Its owner decides what lies where and reserves pages with xccl_heap_commit. */
+void xccl_moe_pool(const xccl_moe_t *moe, uint64_t *out_offset, uint64_t *out_bytes);
+
+/* Stages and publishes the rows of x [num_tokens, hidden]. topk_idx [num_tokens, num_topk]: experts, -1 for
+ * none. topk_weights (may be NULL) are kept for combine. All arrays may be reused on return. Waits only for the
+ * receivers of the last dispatch but one. USAGE names the token and slot of a bad id. */
+int xccl_moe_dispatch_send(xccl_moe_t *moe, const void *x, int64_t num_tokens, const int64_t *topk_idx,
+                           const float *topk_weights, int64_t timeout_ns, xccl_moe_handle_t **out);
+
+/* Waits for the parts of all members. Gives the number of rows to receive, in all and for each local expert. */
+int xccl_moe_dispatch_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, int64_t timeout_ns, int64_t *out_num_recv,
+                           int32_t *out_num_recv_per_expert);
+
+/* Writes the rows to recv_x [num_recv, hidden] in the order (local expert, source, token, slot), and where
+ * each comes from to src_rank and src_token [num_recv]. With `scales` (quantised groups only), recv_x gets the
+ * int8 rows and scales [num_recv] theirs; with NULL rows are in dtype. Does not wait. */
+int xccl_moe_dispatch_pull(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *recv_x, float *scales, int32_t *src_rank,
+                           int32_t *src_token);
+
+/* Publishes y [num_recv, hidden], whose rows are `row_stride` bytes apart and in the order of the dispatch. A y in
+ * symmetric memory of the own window is read there by the peers: it must not change before the wait has returned.
+ * Any other y is copied. topk_weights (may be NULL) replace those given to dispatch. */
+int xccl_moe_combine_send(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void *y, uint64_t row_stride,
+                          const float *topk_weights, int64_t timeout_ns);
+
+/* Waits for the outputs of all members and writes the weighted sums to out [num_tokens, hidden]. Returns
+ * when no member reads y any more, if it was read in place. */
+int xccl_moe_combine_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *out, int64_t timeout_ns);
+
+/* Frees a handle, NULL too; not while its dispatch or combine is in flight. The group may be closed already. */
+void xccl_moe_handle_free(xccl_moe_handle_t *handle);
+
 #endif /* XCCL_H */

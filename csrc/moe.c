@@ -1,0 +1,367 @@
+#include "moe.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "status.h"
+#include "wait.h"
+
+/* ---- checks ---- */
+
+static const char *const PHASES[] = {
+    [XCCL_MOE_SENT] = "its dispatch has not completed: call the hook of dispatch_async first",
+    [XCCL_MOE_COUNTED] = "its dispatch has not completed: call the hook of dispatch_async first",
+    [XCCL_MOE_RECEIVED] = "its dispatch has completed and no combine has used it yet",
+    [XCCL_MOE_COMBINING] = "a combine that is in flight uses it already",
+    [XCCL_MOE_SUMMED] = "a combine that is in flight uses it already",
+    [XCCL_MOE_COMBINED] = "a combine has used it already: dispatch again",
+};
+
+int xccl_moe_check(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, xccl_moe_phase_t phase,
+                   const char *operation) {
+    int status = xccl_comm_check(moe->comm);
+    if (status != XCCL_OK)
+        return status;
+    if (moe->broken)
+        return xccl_fail(
+            XCCL_ERR_USAGE,
+            "%s on rank %d: an earlier operation of this group failed halfway, its members no longer "
+            "agree: open a new one on all ranks",
+            operation, moe->comm->rank);
+    if (!handle)
+        return XCCL_OK;
+    if (handle->moe != moe)
+        return xccl_fail(XCCL_ERR_USAGE, "%s on rank %d: the handle is of another group", operation,
+                         moe->comm->rank);
+    if (handle->phase != phase)
+        return xccl_fail(XCCL_ERR_USAGE, "%s on rank %d: cannot use the handle of dispatch %llu: %s",
+                         operation, moe->comm->rank, (unsigned long long)handle->dispatch_epoch,
+                         PHASES[handle->phase]);
+    return XCCL_OK;
+}
+
+/* ---- waiting for the lines of all peers ---- */
+
+typedef struct all_lines_t {
+    const xccl_moe_t *moe;
+    uint64_t array;
+    uint64_t epoch;
+    const char *what;
+    int arrived; /* peers below this one have arrived; epochs only grow, so they need no second look */
+} all_lines_t;
+
+static uint64_t epoch_of(const all_lines_t *wait, int peer) {
+    /* acquire, see xccl_gas_load: the peer's data and fields are visible once its epoch is */
+    return xccl_gas_load(xccl_moe_own_line(wait->moe, wait->array, peer));
+}
+
+static bool all_arrived(void *arg) {
+    all_lines_t *wait = arg;
+    while (wait->arrived < wait->moe->comm->size && epoch_of(wait, wait->arrived) >= wait->epoch)
+        wait->arrived++;
+    return wait->arrived == wait->moe->comm->size;
+}
+
+static bool awaited_line(void *arg, int index, xccl_awaited_t *out) {
+    all_lines_t *wait = arg;
+    for (int peer = wait->arrived; peer < wait->moe->comm->size; peer++) {
+        uint64_t seen = epoch_of(wait, peer);
+        if (seen >= wait->epoch || index-- > 0)
+            continue;
+        *out = (xccl_awaited_t){wait->moe->comm->ranks[peer], wait->epoch, seen, wait->what};
+        return true;
+    }
+    return false;
+}
+
+int xccl_moe_wait_all(xccl_moe_t *moe, uint64_t array, uint64_t epoch, const char *what, int64_t deadline) {
+    all_lines_t lines = {moe, array, epoch, what, 0};
+    xccl_wait_t wait = {all_arrived, awaited_line, &lines};
+    return xccl_wait(moe->comm->world, &wait, deadline);
+}
+
+void xccl_moe_signal_all(xccl_moe_t *moe, uint64_t array, uint64_t epoch) {
+    const xccl_comm_t *comm = moe->comm;
+    uint64_t line = xccl_moe_line_of(moe, array, comm->rank);
+    /* release, see xccl_gas_signal_at: earlier loads from the peer's stage are done before it may write there
+     */
+    for (int i = 1; i <= comm->size; i++)
+        xccl_gas_signal_at(comm->world, comm->ranks[(comm->rank + i) % comm->size], line, epoch);
+}
+
+/* ---- memory ---- */
+
+int xccl_moe_reserve(xccl_moe_t *moe, uint64_t stage, uint64_t bytes, uint64_t *reserved) {
+    if (bytes <= *reserved)
+        return XCCL_OK;
+    int status = xccl_heap_commit(moe->comm->world, stage + *reserved, bytes - *reserved);
+    if (status == XCCL_OK)
+        *reserved = bytes;
+    return status;
+}
+
+xccl_moe_handle_t *xccl_moe_handle_new(const xccl_moe_t *moe, int64_t num_tokens) {
+    size_t slots = (size_t)(num_tokens * moe->config.num_topk);
+    size_t starts = (size_t)moe->comm->size * xccl_moe_num_experts_of(moe, moe->comm->rank);
+    size_t row_start = xccl_moe_lines(sizeof(xccl_moe_handle_t)),
+           expert = row_start + starts * sizeof(uint64_t);
+    size_t position = expert + slots * sizeof(int32_t), weights = position + slots * sizeof(uint32_t);
+    char *memory = malloc(weights + slots * sizeof(float));
+    if (!memory) {
+        xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for the handle of %lld tokens", moe->comm->rank,
+                  (long long)num_tokens);
+        return NULL;
+    }
+    xccl_moe_handle_t *handle = (xccl_moe_handle_t *)memory;
+    *handle = (xccl_moe_handle_t){
+        .moe = moe,
+        .num_tokens = num_tokens,
+        .row_start = (uint64_t *)(memory + row_start),
+        .expert = (int32_t *)(memory + expert),
+        .position = (uint32_t *)(memory + position),
+        .weights = (float *)(memory + weights),
+    };
+    return handle;
+}
+
+void xccl_moe_keep_weights(const xccl_moe_t *moe, xccl_moe_handle_t *handle, const float *topk_weights) {
+    handle->weighted = topk_weights != NULL;
+    if (topk_weights)
+        memcpy(handle->weights, topk_weights,
+               (size_t)(handle->num_tokens * moe->config.num_topk) * sizeof *topk_weights);
+}
+
+void xccl_moe_handle_free(xccl_moe_handle_t *handle) {
+    free(handle);
+}
+
+/* ---- open ---- */
+
+/* What all members must agree on, exchanged at open. */
+typedef struct agreed_t {
+    int64_t num_experts, hidden, num_topk, num_max_tokens, dtype, quant;
+    uint64_t map_hash;
+} agreed_t;
+_Static_assert(sizeof(agreed_t) <= XCCL_AGREE_BYTES, "fits an agreement slot");
+
+static uint64_t fnv1a(const void *data, size_t bytes) {
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < bytes; i++)
+        hash = (hash ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
+    return hash;
+}
+
+static int compare_member(const xccl_comm_t *comm, int rank, const agreed_t *mine, const agreed_t *theirs) {
+    const struct {
+        const char *name;
+        int64_t mine, theirs;
+    } numbers[] = {
+        {"num_experts", mine->num_experts, theirs->num_experts},
+        {"hidden", mine->hidden, theirs->hidden},
+        {"num_topk", mine->num_topk, theirs->num_topk},
+        {"num_max_tokens_per_rank", mine->num_max_tokens, theirs->num_max_tokens},
+        {"dtype (0 float32, 1 float16, 2 bfloat16)", mine->dtype, theirs->dtype},
+        {"quant (0 None, 1 int8)", mine->quant, theirs->quant},
+    };
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        if (numbers[i].mine != numbers[i].theirs)
+            return xccl_fail(
+                XCCL_ERR_USAGE,
+                "ExpertParallel: %s is %lld on rank %d and %lld on rank %d, it must be equal on all ranks",
+                numbers[i].name, (long long)numbers[i].mine, comm->rank, (long long)numbers[i].theirs, rank);
+    if (mine->map_hash != theirs->map_hash)
+        return xccl_fail(
+            XCCL_ERR_USAGE,
+            "ExpertParallel: expert_map differs between rank %d and rank %d, it must be equal on all ranks",
+            comm->rank, rank);
+    return XCCL_OK;
+}
+
+static int agree_on_config(xccl_comm_t *comm, const xccl_moe_config_t *config, const int32_t *owner,
+                           int64_t deadline) {
+    agreed_t mine = {config->num_experts,
+                     config->hidden,
+                     config->num_topk,
+                     config->num_max_tokens,
+                     (int64_t)config->dtype,
+                     (int64_t)config->quant,
+                     fnv1a(owner, (size_t)config->num_experts * sizeof *owner)};
+    unsigned char record[XCCL_AGREE_BYTES] = {0};
+    memcpy(record, &mine, sizeof mine);
+    unsigned char *all = malloc((size_t)comm->size * XCCL_AGREE_BYTES);
+    if (!all)
+        return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory to open a group of %d", comm->rank,
+                         comm->size);
+    int status = xccl_comm_agree(comm, record, all, deadline);
+    for (int rank = 0; rank < comm->size && status == XCCL_OK; rank++) {
+        agreed_t theirs;
+        memcpy(&theirs, all + (size_t)rank * XCCL_AGREE_BYTES, sizeof theirs);
+        status = compare_member(comm, rank, &mine, &theirs);
+    }
+    free(all);
+    return status;
+}
+
+static int allocate_tables(xccl_moe_t *moe) {
+    size_t num_experts = (size_t)moe->config.num_experts, size = (size_t)moe->comm->size;
+    size_t num_topk = (size_t)moe->config.num_topk;
+    moe->owner = malloc(num_experts * sizeof *moe->owner);
+    moe->local_index = malloc(num_experts * sizeof *moe->local_index);
+    moe->by_owner = malloc(num_experts * sizeof *moe->by_owner);
+    moe->first_of = calloc(size + 1, sizeof *moe->first_of);
+    moe->dest = malloc(size * sizeof *moe->dest);
+    moe->expert_count = malloc(num_experts * sizeof *moe->expert_count);
+    moe->expert_begin = malloc(num_experts * sizeof *moe->expert_begin);
+    moe->cursor = malloc(size * sizeof *moe->cursor);
+    moe->terms = malloc(num_topk * sizeof *moe->terms);
+    moe->term_weights = malloc(num_topk * sizeof *moe->term_weights);
+    if (!moe->owner || !moe->local_index || !moe->by_owner || !moe->first_of || !moe->dest ||
+        !moe->expert_count || !moe->expert_begin || !moe->cursor || !moe->terms || !moe->term_weights)
+        return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for the tables of %zu experts",
+                         moe->comm->rank, num_experts);
+    return XCCL_OK;
+}
+
+static void free_tables(xccl_moe_t *moe) {
+    free(moe->owner);
+    free(moe->local_index);
+    free(moe->by_owner);
+    free(moe->first_of);
+    free(moe->dest);
+    free(moe->expert_count);
+    free(moe->expert_begin);
+    free(moe->cursor);
+    free((void *)moe->terms);
+    free(moe->term_weights);
+}
+
+/* Sorts the experts by owner, keeping their order. */
+static void index_experts(xccl_moe_t *moe, const int32_t *owner) {
+    int64_t num_experts = moe->config.num_experts;
+    memcpy(moe->owner, owner, (size_t)num_experts * sizeof *owner);
+    for (int64_t e = 0; e < num_experts; e++)
+        moe->local_index[e] = (int32_t)moe->first_of[owner[e] + 1]++;
+    for (int rank = 0; rank < moe->comm->size; rank++)
+        moe->first_of[rank + 1] += moe->first_of[rank];
+    for (int64_t e = 0; e < num_experts; e++)
+        moe->by_owner[moe->first_of[owner[e]] + (uint64_t)moe->local_index[e]] = (int32_t)e;
+}
+
+static int allocate_blocks(xccl_moe_t *moe, int64_t timeout_ns) {
+    const struct {
+        xccl_area_t area;
+        uint64_t bytes;
+        int flags;
+        uint64_t *offset;
+    } blocks[] = {
+        {XCCL_AREA_META, moe->layout.bytes.metadata, XCCL_HEAP_COMMIT, &moe->metadata},
+        {XCCL_AREA_MANAGED, moe->layout.bytes.staging, XCCL_HEAP_ADDRESS_ONLY, &moe->staging},
+        {XCCL_AREA_MANAGED, moe->layout.bytes.pool, XCCL_HEAP_ADDRESS_ONLY, &moe->pool},
+    };
+    for (int i = 0; i < 3; i++) {
+        int status = xccl_heap_alloc(moe->comm, blocks[i].area, blocks[i].bytes, blocks[i].flags, (uint64_t)i,
+                                     timeout_ns, blocks[i].offset);
+        if (status == XCCL_OK)
+            continue;
+        /* unless the members have lost step, it failed on all alike and all give back what they had */
+        while (i-- > 0 && !moe->comm->broken)
+            xccl_heap_free(moe->comm, blocks[i].area, *blocks[i].offset, timeout_ns);
+        return status;
+    }
+    return XCCL_OK;
+}
+
+static int open_group(xccl_moe_t *moe, const int32_t *owner, int64_t timeout_ns) {
+    xccl_comm_t *comm = moe->comm;
+    int status = xccl_moe_layout(&moe->config, comm->size, owner, &moe->layout);
+    if (status != XCCL_OK)
+        return status;
+    moe->kernel = xccl_kernel_get(moe->config.simd);
+    if (!moe->kernel)
+        return xccl_fail(
+            XCCL_ERR_USAGE,
+            "ExpertParallel: this processor lacks the vector instructions asked for (XCCL_SIMD=%s): use auto",
+            moe->config.simd == XCCL_SIMD_AVX2 ? "avx2" : "avx512");
+    status = allocate_tables(moe);
+    if (status != XCCL_OK)
+        return status;
+    index_experts(moe, owner);
+    xccl_op_begin(comm->world, XCCL_OP_EP_OPEN);
+    int64_t deadline = xccl_deadline(comm->world, timeout_ns);
+    status = xccl_comm_settle(comm, agree_on_config(comm, &moe->config, owner, deadline));
+    return status == XCCL_OK ? allocate_blocks(moe, timeout_ns) : status;
+}
+
+int xccl_moe_open(xccl_comm_t *comm, const xccl_moe_config_t *config, const int32_t *owner,
+                  int64_t timeout_ns, xccl_moe_t **out) {
+    int status = xccl_comm_check(comm);
+    if (status != XCCL_OK)
+        return status;
+    xccl_moe_t *moe = calloc(1, sizeof *moe);
+    if (!moe)
+        return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for a group", comm->rank);
+    moe->comm = comm;
+    moe->config = *config;
+    status = open_group(moe, owner, timeout_ns);
+    if (status != XCCL_OK) {
+        xccl_moe_discard(moe);
+        return status;
+    }
+    *out = moe;
+    return XCCL_OK;
+}
+
+void xccl_moe_pool(const xccl_moe_t *moe, uint64_t *out_offset, uint64_t *out_bytes) {
+    *out_offset = moe->pool;
+    *out_bytes = moe->layout.bytes.pool;
+}
+
+/* ---- close ---- */
+
+/* True if any member wants to keep the pool. */
+static int agree_on_pool(xccl_comm_t *comm, int keep_pool, int64_t deadline, bool *out_keep) {
+    unsigned char record[XCCL_AGREE_BYTES] = {keep_pool != 0};
+    unsigned char *all = malloc((size_t)comm->size * XCCL_AGREE_BYTES);
+    if (!all)
+        return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory to close a group of %d", comm->rank,
+                         comm->size);
+    int status = xccl_comm_agree(comm, record, all, deadline);
+    bool keep = false;
+    for (int rank = 0; rank < comm->size && status == XCCL_OK; rank++)
+        keep |= all[(size_t)rank * XCCL_AGREE_BYTES] != 0;
+    free(all);
+    *out_keep = keep;
+    return status;
+}
+
+int xccl_moe_close(xccl_moe_t *moe, int keep_pool, int64_t timeout_ns) {
+    xccl_comm_t *comm = moe->comm;
+    int status = xccl_comm_check(comm);
+    if (status != XCCL_OK)
+        return status;
+    int in_flight = 0;
+    for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++)
+        in_flight += (moe->dispatching[parity] != NULL) + (moe->combining[parity] != NULL);
+    if (in_flight)
+        return xccl_fail(XCCL_ERR_USAGE,
+                         "close on rank %d: %d operations are in flight: call their hooks first", comm->rank,
+                         in_flight);
+    bool keep = false;
+    status =
+        xccl_comm_settle(comm, agree_on_pool(comm, keep_pool, xccl_deadline(comm->world, timeout_ns), &keep));
+    /* xccl_heap_free returns when all members have come: nobody pulls from the blocks any more */
+    if (status == XCCL_OK && !keep)
+        status = xccl_heap_free(comm, XCCL_AREA_MANAGED, moe->pool, timeout_ns);
+    if (status == XCCL_OK)
+        status = xccl_heap_free(comm, XCCL_AREA_MANAGED, moe->staging, timeout_ns);
+    if (status == XCCL_OK)
+        status = xccl_heap_free(comm, XCCL_AREA_META, moe->metadata, timeout_ns);
+    if (status == XCCL_OK)
+        xccl_moe_discard(moe);
+    return status;
+}
+
+void xccl_moe_discard(xccl_moe_t *moe) {
+    free_tables(moe);
+    free(moe);
+}

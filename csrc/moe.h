@@ -1,0 +1,184 @@
+/* moe.h - dispatch and combine (moe layer; internal).
+ *
+ * Everything a member publishes lies in its own window; peers pull it. Epochs count the dispatches and the
+ * combines of a group from 1, are the same on all members, and never restart. Epoch e uses the half e % 2 of
+ * every array ("parity"), so two operations can be in flight; before a member writes a half again it waits
+ * until all readers of epoch e - 2 have said that they are done (bug classes 6, 7). Nothing in a half depends
+ * on the shape of an earlier operation: fields have fixed places, and say where the data lies (bug class 8).
+ *
+ *   metadata block, one 64-byte line for each peer in each array, written by that peer
+ *   | dispatch field [2][R] | dispatch done [2][R] | combine field [2][R] | combine done [2][R] |
+ *
+ *   staging block, written by the owner, read by peers
+ *   | dispatch stage 0 | dispatch stage 1 | combine stage 0 | combine stage 1 |
+ *
+ *   dispatch stage = one part for each destination, behind each other
+ *   part           = | rows for each local expert | entries | scales | rows |      see xccl_moe_part_t
+ *   combine stage  = | row_start [R][max_local_experts] | copy of y |
+ */
+#ifndef XCCL_MOE_H
+#define XCCL_MOE_H
+
+#include "comm.h"
+#include "gas.h"
+#include "kernel.h"
+
+enum { XCCL_MOE_PARITIES = 2, XCCL_MOE_POOL_BUFFERS = 2 };
+
+/* Sizes and offsets of the blocks; the only place where they are computed. Offsets are from the start of a
+ * block. */
+typedef struct xccl_moe_layout_t {
+    uint64_t max_local_experts;
+    uint64_t row_bytes;      /* a row of x, y and recv_x */
+    uint64_t staged_bytes;   /* a row in a dispatch stage: whole lines */
+    uint64_t max_recv_bytes; /* all slots of all tokens of all members come to one member */
+
+    uint64_t dispatch_field[XCCL_MOE_PARITIES]; /* in the metadata block */
+    uint64_t dispatch_done[XCCL_MOE_PARITIES];
+    uint64_t combine_field[XCCL_MOE_PARITIES];
+    uint64_t combine_done[XCCL_MOE_PARITIES];
+
+    uint64_t dispatch_stage[XCCL_MOE_PARITIES]; /* in the staging block */
+    uint64_t dispatch_stage_bytes;
+    uint64_t combine_stage[XCCL_MOE_PARITIES];
+    uint64_t combine_copy; /* of y, from the start of a combine stage */
+    uint64_t combine_stage_bytes;
+
+    xccl_moe_bytes_t bytes; /* of the three blocks */
+} xccl_moe_layout_t;
+
+/* USAGE for a bad configuration or one whose sizes leave 62 bits. */
+int xccl_moe_layout(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner,
+                    xccl_moe_layout_t *out);
+
+/* One row that a destination has to place: a token that chose one of its experts. Entries are sorted by
+ * (local expert, token, slot), so the expert follows from the counts, and the slot from the order. */
+typedef struct xccl_moe_entry_t {
+    uint32_t token;
+    uint32_t row; /* of this part: tokens with several experts at a destination are staged there once */
+} xccl_moe_entry_t;
+_Static_assert(sizeof(xccl_moe_entry_t) == 8, "an entry is read by peers");
+
+/* Offsets inside one destination's part. A function of the destination's number of experts and of the two
+ * counts in its field, so that both sides compute the same. */
+typedef struct xccl_moe_part_t {
+    uint64_t entries;
+    uint64_t scales;
+    uint64_t rows;
+    uint64_t bytes;
+} xccl_moe_part_t;
+
+static inline uint64_t xccl_moe_lines(uint64_t bytes) {
+    return (bytes + XCCL_LINE - 1) / XCCL_LINE * XCCL_LINE;
+}
+
+static inline xccl_moe_part_t xccl_moe_part(const xccl_moe_layout_t *layout, xccl_quant_t quant,
+                                            uint64_t num_local_experts, uint64_t num_entries,
+                                            uint64_t num_rows) {
+    xccl_moe_part_t part;
+    part.entries = xccl_moe_lines(num_local_experts * sizeof(uint32_t));
+    part.scales = part.entries + xccl_moe_lines(num_entries * sizeof(xccl_moe_entry_t));
+    part.rows = part.scales + (quant == XCCL_QUANT_INT8 ? xccl_moe_lines(num_rows * sizeof(float)) : 0);
+    part.bytes = part.rows + num_rows * layout->staged_bytes;
+    return part;
+}
+
+/* What the send half notes about one destination. */
+typedef struct xccl_moe_dest_t {
+    uint64_t num_entries;
+    uint64_t num_rows;
+    uint64_t offset; /* of its part in the own window */
+    xccl_moe_part_t part;
+    int64_t last_token; /* the last one staged for it */
+    uint64_t next_row;
+} xccl_moe_dest_t;
+
+typedef enum xccl_moe_phase_t {
+    XCCL_MOE_SENT,      /* dispatch published */
+    XCCL_MOE_COUNTED,   /* all fields seen */
+    XCCL_MOE_RECEIVED,  /* rows pulled: combine may start */
+    XCCL_MOE_COMBINING, /* y published */
+    XCCL_MOE_SUMMED,    /* result written, peers may still read y */
+    XCCL_MOE_COMBINED
+} xccl_moe_phase_t;
+
+struct xccl_moe_handle_t {
+    const xccl_moe_t *moe;
+    xccl_moe_phase_t phase;
+    uint64_t dispatch_epoch;
+    uint64_t combine_epoch;
+    int64_t num_tokens;
+    int64_t num_recv;
+    bool weighted;
+    bool in_place;       /* y is read in the caller's array */
+    uint64_t *row_start; /* [R][num_local_experts]: first received row of a source for an expert */
+    int32_t *expert;     /* [num_tokens][num_topk], -1: none */
+    uint32_t *position;  /* [num_tokens][num_topk]: index among the own rows for that expert */
+    float *weights;      /* [num_tokens][num_topk] */
+};
+
+struct xccl_moe_t {
+    xccl_comm_t *comm;
+    xccl_moe_config_t config;
+    xccl_moe_layout_t layout;
+    const xccl_kernel_t *kernel;
+    uint64_t metadata, staging, pool; /* offsets of the blocks in every window */
+    uint64_t dispatch_epoch, combine_epoch;
+    xccl_moe_handle_t *dispatching[XCCL_MOE_PARITIES]; /* sent and not yet received */
+    xccl_moe_handle_t *combining[XCCL_MOE_PARITIES];
+    uint64_t dispatch_reserved[XCCL_MOE_PARITIES]; /* bytes of the stages that have pages */
+    uint64_t combine_reserved[XCCL_MOE_PARITIES];
+    bool broken; /* members disagree on epochs */
+
+    int32_t *owner;       /* [num_experts] member that holds it */
+    int32_t *local_index; /* [num_experts] index among its owner's experts */
+    int32_t *by_owner;    /* [num_experts] experts sorted by (owner, expert) */
+    uint64_t *first_of;   /* [R + 1] where an owner's experts begin in by_owner */
+
+    xccl_moe_dest_t *dest;  /* [R] scratch of the send half */
+    uint32_t *expert_count; /* [num_experts] scratch of the send half */
+    uint32_t *expert_begin; /* [num_experts] first entry of an expert in its owner's part */
+    uint64_t *cursor;       /* [R] scratch of the receive half: next entry of a source */
+    const void **terms;     /* [num_topk] scratch of combine */
+    float *term_weights;    /* [num_topk] */
+};
+
+static inline uint64_t xccl_moe_num_experts_of(const xccl_moe_t *moe, int rank) {
+    return moe->first_of[rank + 1] - moe->first_of[rank];
+}
+
+/* Where a member's peer writes its line of an array of the metadata block. */
+static inline uint64_t xccl_moe_line_of(const xccl_moe_t *moe, uint64_t array, int peer) {
+    return moe->metadata + array + (uint64_t)peer * XCCL_LINE;
+}
+
+/* The own line that `peer` writes. */
+static inline const void *xccl_moe_own_line(const xccl_moe_t *moe, uint64_t array, int peer) {
+    return xccl_gas_local(moe->comm->world, xccl_moe_line_of(moe, array, peer));
+}
+
+static inline int xccl_moe_parity(uint64_t epoch) {
+    return (int)(epoch % XCCL_MOE_PARITIES);
+}
+
+/* OK if an operation may start on the group and, unless NULL, the handle, which must be in `phase`. */
+int xccl_moe_check(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, xccl_moe_phase_t phase,
+                   const char *operation);
+
+/* Waits until the first word of every peer's line of an array is at least `epoch`. */
+int xccl_moe_wait_all(xccl_moe_t *moe, uint64_t array, uint64_t epoch, const char *what, int64_t deadline);
+
+/* Writes `epoch` to the own line of an array at all peers. Release: whoever sees it knows that what this
+ * member read or wrote before is done. */
+void xccl_moe_signal_all(xccl_moe_t *moe, uint64_t array, uint64_t epoch);
+
+/* Makes sure that the first `bytes` of a stage have pages; *reserved is the high-water mark. */
+int xccl_moe_reserve(xccl_moe_t *moe, uint64_t stage, uint64_t bytes, uint64_t *reserved);
+
+/* Memory for a handle with nothing in it, NULL and a message if there is none. */
+xccl_moe_handle_t *xccl_moe_handle_new(const xccl_moe_t *moe, int64_t num_tokens);
+
+/* Copies topk_weights [num_tokens, num_topk] to the handle; NULL: none. */
+void xccl_moe_keep_weights(const xccl_moe_t *moe, xccl_moe_handle_t *handle, const float *topk_weights);
+
+#endif

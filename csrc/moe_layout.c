@@ -1,0 +1,150 @@
+#include "moe.h"
+#include "status.h"
+
+/* Arithmetic that remembers whether any result left 62 bits. */
+typedef struct sizes_t {
+    bool overflow;
+} sizes_t;
+
+static uint64_t checked(sizes_t *sizes, uint64_t value) {
+    sizes->overflow |= value > UINT64_MAX >> 2;
+    return value;
+}
+
+static uint64_t times(sizes_t *sizes, uint64_t a, uint64_t b) {
+    uint64_t product;
+    sizes->overflow |= __builtin_mul_overflow(a, b, &product);
+    return checked(sizes, product);
+}
+
+static uint64_t plus(sizes_t *sizes, uint64_t a, uint64_t b) {
+    return checked(sizes, a + b); /* neither exceeds 62 bits, or overflow is set already */
+}
+
+static uint64_t whole_lines(sizes_t *sizes, uint64_t bytes) {
+    return plus(sizes, bytes, XCCL_LINE - 1) / XCCL_LINE * XCCL_LINE;
+}
+
+static uint64_t whole_pages(sizes_t *sizes, uint64_t bytes) {
+    return plus(sizes, bytes, XCCL_PAGE - 1) / XCCL_PAGE * XCCL_PAGE;
+}
+
+/* The highest count of experts at one owner. */
+static uint64_t most_experts(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner) {
+    uint64_t count[XCCL_MAX_RANKS] = {0}, most = 0;
+    for (int64_t e = 0; e < config->num_experts; e++)
+        count[owner[e]]++;
+    for (int rank = 0; rank < num_ranks; rank++)
+        most = count[rank] > most ? count[rank] : most;
+    return most;
+}
+
+static int check_config(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner) {
+    const struct {
+        const char *name;
+        int64_t value, min, max;
+    } numbers[] = {
+        {"num_ranks", num_ranks, 1, XCCL_MAX_RANKS},
+        {"num_experts", config->num_experts, 1, INT32_MAX},
+        {"hidden", config->hidden, 1, INT64_MAX},
+        {"num_topk", config->num_topk, 1, INT32_MAX},
+        {"num_max_tokens_per_rank", config->num_max_tokens, 0, INT32_MAX},
+        {"dtype", (int64_t)config->dtype, XCCL_FLOAT32, XCCL_BFLOAT16},
+        {"quant", (int64_t)config->quant, XCCL_QUANT_NONE, XCCL_QUANT_INT8},
+        {"simd", (int64_t)config->simd, XCCL_SIMD_AUTO, XCCL_SIMD_AVX512},
+    };
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        if (numbers[i].value < numbers[i].min || numbers[i].value > numbers[i].max)
+            return xccl_fail(XCCL_ERR_USAGE, "ExpertParallel: %s is %lld, expected %lld to %lld",
+                             numbers[i].name, (long long)numbers[i].value, (long long)numbers[i].min,
+                             (long long)numbers[i].max);
+    if (config->num_max_tokens * config->num_topk > INT32_MAX)
+        return xccl_fail(XCCL_ERR_USAGE,
+                         "ExpertParallel: num_max_tokens_per_rank * num_topk is %lld, expected at most %d",
+                         (long long)(config->num_max_tokens * config->num_topk), INT32_MAX);
+    for (int64_t e = 0; e < config->num_experts; e++)
+        if (owner[e] < 0 || owner[e] >= num_ranks)
+            return xccl_fail(XCCL_ERR_USAGE,
+                             "ExpertParallel: expert_map[%lld] is %d, expected a rank from 0 to %d",
+                             (long long)e, owner[e], num_ranks - 1);
+    return XCCL_OK;
+}
+
+static void lay_out_metadata(sizes_t *sizes, int num_ranks, xccl_moe_layout_t *out) {
+    uint64_t *const arrays[] = {out->dispatch_field, out->dispatch_done, out->combine_field,
+                                out->combine_done};
+    uint64_t at = 0;
+    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
+        for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++) {
+            arrays[i][parity] = at;
+            at = plus(sizes, at, (uint64_t)num_ranks * XCCL_LINE);
+        }
+    out->bytes.metadata = at;
+}
+
+/* The worst routing: every slot is used and every token goes to as many ranks as it has slots. The parts of
+ * all destinations together then hold max_entries and max_rows, each part rounded up to lines in its three
+ * tables. */
+static uint64_t worst_dispatch_stage(sizes_t *sizes, const xccl_moe_config_t *config, uint64_t num_ranks,
+                                     const xccl_moe_layout_t *layout) {
+    uint64_t max_tokens = (uint64_t)config->num_max_tokens, num_topk = (uint64_t)config->num_topk;
+    uint64_t max_entries = times(sizes, max_tokens, num_topk);
+    uint64_t max_rows = times(sizes, max_tokens, num_topk < num_ranks ? num_topk : num_ranks);
+    uint64_t tables = times(sizes, (uint64_t)config->num_experts, sizeof(uint32_t));
+    tables = plus(sizes, tables, times(sizes, max_entries, sizeof(xccl_moe_entry_t)));
+    tables = plus(sizes, tables, times(sizes, max_rows, sizeof(float)));
+    tables = plus(sizes, tables, times(sizes, num_ranks, 3 * XCCL_LINE));
+    return plus(sizes, tables, times(sizes, max_rows, layout->staged_bytes));
+}
+
+static void lay_out_staging(sizes_t *sizes, const xccl_moe_config_t *config, uint64_t num_ranks,
+                            xccl_moe_layout_t *out) {
+    out->dispatch_stage_bytes = whole_pages(sizes, worst_dispatch_stage(sizes, config, num_ranks, out));
+    uint64_t starts = times(sizes, times(sizes, num_ranks, out->max_local_experts), sizeof(uint64_t));
+    out->combine_copy = whole_lines(sizes, starts);
+    out->combine_stage_bytes = whole_pages(sizes, plus(sizes, out->combine_copy, out->max_recv_bytes));
+    uint64_t at = 0;
+    for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++) {
+        out->dispatch_stage[parity] = at;
+        at = plus(sizes, at, out->dispatch_stage_bytes);
+    }
+    for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++) {
+        out->combine_stage[parity] = at;
+        at = plus(sizes, at, out->combine_stage_bytes);
+    }
+    out->bytes.staging = at;
+}
+
+int xccl_moe_layout(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner,
+                    xccl_moe_layout_t *out) {
+    int status = check_config(config, num_ranks, owner);
+    if (status != XCCL_OK)
+        return status;
+    sizes_t sizes = {false};
+    uint64_t hidden = (uint64_t)config->hidden;
+    out->max_local_experts = most_experts(config, num_ranks, owner);
+    out->row_bytes = times(&sizes, hidden, xccl_kernel_itemsize(config->dtype));
+    out->staged_bytes = whole_lines(&sizes, config->quant == XCCL_QUANT_INT8 ? hidden : out->row_bytes);
+    uint64_t max_entries = (uint64_t)(config->num_max_tokens * config->num_topk);
+    out->max_recv_bytes = times(&sizes, times(&sizes, max_entries, (uint64_t)num_ranks), out->row_bytes);
+    lay_out_metadata(&sizes, num_ranks, out);
+    lay_out_staging(&sizes, config, (uint64_t)num_ranks, out);
+    out->bytes.pool = whole_pages(&sizes, times(&sizes, out->max_recv_bytes, XCCL_MOE_POOL_BUFFERS));
+    if (sizes.overflow)
+        return xccl_fail(
+            XCCL_ERR_USAGE,
+            "ExpertParallel: the buffers for %d ranks, %lld tokens a rank, top-%lld and hidden %lld exceed "
+            "the 62 bits of an address space: lower num_max_tokens_per_rank",
+            num_ranks, (long long)config->num_max_tokens, (long long)config->num_topk,
+            (long long)config->hidden);
+    return XCCL_OK;
+}
+
+int xccl_moe_bytes(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner,
+                   xccl_moe_bytes_t *out) {
+    xccl_moe_layout_t layout;
+    int status = xccl_moe_layout(config, num_ranks, owner, &layout);
+    if (status == XCCL_OK)
+        *out = layout.bytes;
+    return status;
+}
