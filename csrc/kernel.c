@@ -136,24 +136,23 @@ INLINE float quantize_body(xccl_dtype_t dtype, int8_t *restrict q, const void *r
     return scale;
 }
 
-INLINE void dequantize_body(xccl_dtype_t dtype, void *restrict dst, const int8_t *restrict q, float scale,
-                            size_t n) {
+INLINE void dequantize_body(xccl_dtype_t dtype, void *restrict dst, const int8_t *restrict q, float scale, size_t n) {
     for (size_t i = 0; i < n; i++)
         store(dtype, dst, i, (float)q[i] * scale);
 }
 
 enum { SUM_BLOCK = 1024 }; /* accumulators stay in the first-level cache while the rows stream past */
 
-INLINE void accumulate(xccl_dtype_t dtype, float *restrict acc, const void *restrict row, int weighted,
-                       float weight, size_t n) {
+INLINE void accumulate(xccl_dtype_t dtype, float *restrict acc, const void *restrict row, int weighted, float weight,
+                       size_t n) {
     for (size_t i = 0; i < n; i++) {
         float y = load(dtype, row, i);
         acc[i] += weighted ? weight * y : y;
     }
 }
 
-INLINE void weighted_sum_body(xccl_dtype_t dtype, char *restrict dst, const void *const *rows,
-                              const float *weights, size_t num_rows, size_t n) {
+INLINE void weighted_sum_body(xccl_dtype_t dtype, char *restrict dst, const void *const *rows, const float *weights,
+                              size_t num_rows, size_t n) {
     float acc[SUM_BLOCK];
     size_t itemsize = xccl_kernel_itemsize(dtype);
     for (size_t begin = 0; begin < n; begin += SUM_BLOCK) {
@@ -172,17 +171,17 @@ INLINE void weighted_sum_body(xccl_dtype_t dtype, char *restrict dst, const void
 
 /* ---- One set of functions for each vector width ---- */
 
-#define BY_DTYPE(dtype, call)                                                                                \
-    switch (dtype) {                                                                                         \
-    case XCCL_FLOAT16:                                                                                       \
-        call(XCCL_FLOAT16);                                                                                  \
-        break;                                                                                               \
-    case XCCL_BFLOAT16:                                                                                      \
-        call(XCCL_BFLOAT16);                                                                                 \
-        break;                                                                                               \
-    default:                                                                                                 \
-        call(XCCL_FLOAT32);                                                                                  \
-        break;                                                                                               \
+#define BY_DTYPE(dtype, call)                                                                                          \
+    switch (dtype) {                                                                                                   \
+    case XCCL_FLOAT16:                                                                                                 \
+        call(XCCL_FLOAT16);                                                                                            \
+        break;                                                                                                         \
+    case XCCL_BFLOAT16:                                                                                                \
+        call(XCCL_BFLOAT16);                                                                                           \
+        break;                                                                                                         \
+    default:                                                                                                           \
+        call(XCCL_FLOAT32);                                                                                            \
+        break;                                                                                                         \
     }
 
 #define TO_FLOAT32(dtype)   to_float32_body(dtype, dst, src, n)
@@ -191,33 +190,32 @@ INLINE void weighted_sum_body(xccl_dtype_t dtype, char *restrict dst, const void
 #define DEQUANTIZE(dtype)   dequantize_body(dtype, dst, q, scale, n)
 #define WEIGHTED_SUM(dtype) weighted_sum_body(dtype, dst, rows, weights, num_rows, n)
 
-#define VARIANT(variant, TARGET)                                                                             \
-    TARGET static void to_float32_##variant(xccl_dtype_t dtype, float *dst, const void *src, size_t n) {     \
-        BY_DTYPE(dtype, TO_FLOAT32);                                                                         \
-    }                                                                                                        \
-    TARGET static void from_float32_##variant(xccl_dtype_t dtype, void *dst, const float *src, size_t n) {   \
-        BY_DTYPE(dtype, FROM_FLOAT32);                                                                       \
-    }                                                                                                        \
-    TARGET static float quantize_##variant(xccl_dtype_t dtype, int8_t *q, const void *x, size_t n) {         \
-        float scale;                                                                                         \
-        BY_DTYPE(dtype, QUANTIZE);                                                                           \
-        return scale;                                                                                        \
-    }                                                                                                        \
-    TARGET static void dequantize_##variant(xccl_dtype_t dtype, void *dst, const int8_t *q, float scale,     \
-                                            size_t n) {                                                      \
-        BY_DTYPE(dtype, DEQUANTIZE);                                                                         \
-    }                                                                                                        \
-    TARGET static void weighted_sum_##variant(xccl_dtype_t dtype, void *dst, const void *const *rows,        \
-                                              const float *weights, size_t num_rows, size_t n) {             \
-        BY_DTYPE(dtype, WEIGHTED_SUM);                                                                       \
-    }                                                                                                        \
-    static const xccl_kernel_t kernel_##variant = {                                                          \
-        .name = #variant,                                                                                    \
-        .to_float32 = to_float32_##variant,                                                                  \
-        .from_float32 = from_float32_##variant,                                                              \
-        .quantize = quantize_##variant,                                                                      \
-        .dequantize = dequantize_##variant,                                                                  \
-        .weighted_sum = weighted_sum_##variant,                                                              \
+#define VARIANT(variant, TARGET)                                                                                       \
+    TARGET static void to_float32_##variant(xccl_dtype_t dtype, float *dst, const void *src, size_t n) {               \
+        BY_DTYPE(dtype, TO_FLOAT32);                                                                                   \
+    }                                                                                                                  \
+    TARGET static void from_float32_##variant(xccl_dtype_t dtype, void *dst, const float *src, size_t n) {             \
+        BY_DTYPE(dtype, FROM_FLOAT32);                                                                                 \
+    }                                                                                                                  \
+    TARGET static float quantize_##variant(xccl_dtype_t dtype, int8_t *q, const void *x, size_t n) {                   \
+        float scale;                                                                                                   \
+        BY_DTYPE(dtype, QUANTIZE);                                                                                     \
+        return scale;                                                                                                  \
+    }                                                                                                                  \
+    TARGET static void dequantize_##variant(xccl_dtype_t dtype, void *dst, const int8_t *q, float scale, size_t n) {   \
+        BY_DTYPE(dtype, DEQUANTIZE);                                                                                   \
+    }                                                                                                                  \
+    TARGET static void weighted_sum_##variant(xccl_dtype_t dtype, void *dst, const void *const *rows,                  \
+                                              const float *weights, size_t num_rows, size_t n) {                       \
+        BY_DTYPE(dtype, WEIGHTED_SUM);                                                                                 \
+    }                                                                                                                  \
+    static const xccl_kernel_t kernel_##variant = {                                                                    \
+        .name = #variant,                                                                                              \
+        .to_float32 = to_float32_##variant,                                                                            \
+        .from_float32 = from_float32_##variant,                                                                        \
+        .quantize = quantize_##variant,                                                                                \
+        .dequantize = dequantize_##variant,                                                                            \
+        .weighted_sum = weighted_sum_##variant,                                                                        \
     };
 
 #define TARGET_BASE

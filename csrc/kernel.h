@@ -36,8 +36,8 @@ typedef struct {
      * dst[i] = sum over j of weights[j] * rows[j][i], from zero, j ascending, in float32, rounded once to
      * dtype. weights NULL: plain sum. num_rows 0 gives zeros.
      */
-    void (*weighted_sum)(xccl_dtype_t dtype, void *dst, const void *const *rows, const float *weights,
-                         size_t num_rows, size_t n);
+    void (*weighted_sum)(xccl_dtype_t dtype, void *dst, const void *const *rows, const float *weights, size_t num_rows,
+                         size_t n);
 } xccl_kernel_t;
 
 /* The set for this width, or NULL if this processor (or this build) does not have it. */

@@ -23,20 +23,17 @@ int xccl_moe_check(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, xccl_
     if (status != XCCL_OK)
         return status;
     if (moe->broken)
-        return xccl_fail(
-            XCCL_ERR_USAGE,
-            "%s on rank %d: an earlier operation of this group failed halfway, its members no longer "
-            "agree: open a new one on all ranks",
-            operation, moe->comm->rank);
+        return xccl_fail(XCCL_ERR_USAGE,
+                         "%s on rank %d: an earlier operation of this group failed halfway, its members no longer "
+                         "agree: open a new one on all ranks",
+                         operation, moe->comm->rank);
     if (!handle)
         return XCCL_OK;
     if (handle->moe != moe)
-        return xccl_fail(XCCL_ERR_USAGE, "%s on rank %d: the handle is of another group", operation,
-                         moe->comm->rank);
+        return xccl_fail(XCCL_ERR_USAGE, "%s on rank %d: the handle is of another group", operation, moe->comm->rank);
     if (handle->phase != phase)
-        return xccl_fail(XCCL_ERR_USAGE, "%s on rank %d: cannot use the handle of dispatch %llu: %s",
-                         operation, moe->comm->rank, (unsigned long long)handle->dispatch_epoch,
-                         PHASES[handle->phase]);
+        return xccl_fail(XCCL_ERR_USAGE, "%s on rank %d: cannot use the handle of dispatch %llu: %s", operation,
+                         moe->comm->rank, (unsigned long long)handle->dispatch_epoch, PHASES[handle->phase]);
     return XCCL_OK;
 }
 
@@ -103,8 +100,7 @@ int xccl_moe_reserve(xccl_moe_t *moe, uint64_t stage, uint64_t bytes, uint64_t *
 xccl_moe_handle_t *xccl_moe_handle_new(const xccl_moe_t *moe, int64_t num_tokens) {
     size_t slots = (size_t)(num_tokens * moe->config.num_topk);
     size_t starts = (size_t)moe->comm->size * xccl_moe_num_experts_of(moe, moe->comm->rank);
-    size_t row_start = xccl_moe_lines(sizeof(xccl_moe_handle_t)),
-           expert = row_start + starts * sizeof(uint64_t);
+    size_t row_start = xccl_moe_lines(sizeof(xccl_moe_handle_t)), expert = row_start + starts * sizeof(uint64_t);
     size_t position = expert + slots * sizeof(int32_t), weights = position + slots * sizeof(uint32_t);
     char *memory = malloc(weights + slots * sizeof(float));
     if (!memory) {
@@ -165,20 +161,19 @@ static int compare_member(const xccl_comm_t *comm, int rank, const agreed_t *min
     };
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
         if (numbers[i].mine != numbers[i].theirs)
-            return xccl_fail(
-                XCCL_ERR_USAGE,
-                "ExpertParallel: %s is %lld on rank %d and %lld on rank %d, it must be equal on all ranks",
-                numbers[i].name, (long long)numbers[i].mine, comm->rank, (long long)numbers[i].theirs, rank);
+            return xccl_fail(XCCL_ERR_USAGE,
+                             "ExpertParallel: %s is %lld on rank %d and %lld on rank %d, it must be equal on all ranks",
+                             numbers[i].name, (long long)numbers[i].mine, comm->rank, (long long)numbers[i].theirs,
+                             rank);
     if (mine->map_hash != theirs->map_hash)
         return xccl_fail(
             XCCL_ERR_USAGE,
-            "ExpertParallel: expert_map differs between rank %d and rank %d, it must be equal on all ranks",
-            comm->rank, rank);
+            "ExpertParallel: expert_map differs between rank %d and rank %d, it must be equal on all ranks", comm->rank,
+            rank);
     return XCCL_OK;
 }
 
-static int agree_on_config(xccl_comm_t *comm, const xccl_moe_config_t *config, const int32_t *owner,
-                           int64_t deadline) {
+static int agree_on_config(xccl_comm_t *comm, const xccl_moe_config_t *config, const int32_t *owner, int64_t deadline) {
     agreed_t mine = {config->num_experts,
                      config->hidden,
                      config->num_topk,
@@ -190,8 +185,7 @@ static int agree_on_config(xccl_comm_t *comm, const xccl_moe_config_t *config, c
     memcpy(record, &mine, sizeof mine);
     unsigned char *all = malloc((size_t)comm->size * XCCL_AGREE_BYTES);
     if (!all)
-        return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory to open a group of %d", comm->rank,
-                         comm->size);
+        return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory to open a group of %d", comm->rank, comm->size);
     int status = xccl_comm_agree(comm, record, all, deadline);
     for (int rank = 0; rank < comm->size && status == XCCL_OK; rank++) {
         agreed_t theirs;
@@ -215,10 +209,10 @@ static int allocate_tables(xccl_moe_t *moe) {
     moe->cursor = malloc(size * sizeof *moe->cursor);
     moe->terms = malloc(num_topk * sizeof *moe->terms);
     moe->term_weights = malloc(num_topk * sizeof *moe->term_weights);
-    if (!moe->owner || !moe->local_index || !moe->by_owner || !moe->first_of || !moe->dest ||
-        !moe->expert_count || !moe->expert_begin || !moe->cursor || !moe->terms || !moe->term_weights)
-        return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for the tables of %zu experts",
-                         moe->comm->rank, num_experts);
+    if (!moe->owner || !moe->local_index || !moe->by_owner || !moe->first_of || !moe->dest || !moe->expert_count ||
+        !moe->expert_begin || !moe->cursor || !moe->terms || !moe->term_weights)
+        return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for the tables of %zu experts", moe->comm->rank,
+                         num_experts);
     return XCCL_OK;
 }
 
@@ -292,8 +286,8 @@ static int open_group(xccl_moe_t *moe, const int32_t *owner, int64_t timeout_ns)
     return status == XCCL_OK ? allocate_blocks(moe, timeout_ns) : status;
 }
 
-int xccl_moe_open(xccl_comm_t *comm, const xccl_moe_config_t *config, const int32_t *owner,
-                  int64_t timeout_ns, xccl_moe_t **out) {
+int xccl_moe_open(xccl_comm_t *comm, const xccl_moe_config_t *config, const int32_t *owner, int64_t timeout_ns,
+                  xccl_moe_t **out) {
     int status = xccl_comm_check(comm);
     if (status != XCCL_OK)
         return status;
@@ -323,8 +317,7 @@ static int agree_on_pool(xccl_comm_t *comm, int keep_pool, int64_t deadline, boo
     unsigned char record[XCCL_AGREE_BYTES] = {keep_pool != 0};
     unsigned char *all = malloc((size_t)comm->size * XCCL_AGREE_BYTES);
     if (!all)
-        return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory to close a group of %d", comm->rank,
-                         comm->size);
+        return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory to close a group of %d", comm->rank, comm->size);
     int status = xccl_comm_agree(comm, record, all, deadline);
     bool keep = false;
     for (int rank = 0; rank < comm->size && status == XCCL_OK; rank++)
@@ -343,12 +336,10 @@ int xccl_moe_close(xccl_moe_t *moe, int keep_pool, int64_t timeout_ns) {
     for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++)
         in_flight += (moe->dispatching[parity] != NULL) + (moe->combining[parity] != NULL);
     if (in_flight)
-        return xccl_fail(XCCL_ERR_USAGE,
-                         "close on rank %d: %d operations are in flight: call their hooks first", comm->rank,
-                         in_flight);
+        return xccl_fail(XCCL_ERR_USAGE, "close on rank %d: %d operations are in flight: call their hooks first",
+                         comm->rank, in_flight);
     bool keep = false;
-    status =
-        xccl_comm_settle(comm, agree_on_pool(comm, keep_pool, xccl_deadline(comm->world, timeout_ns), &keep));
+    status = xccl_comm_settle(comm, agree_on_pool(comm, keep_pool, xccl_deadline(comm->world, timeout_ns), &keep));
     /* xccl_heap_free returns when all members have come: nobody pulls from the blocks any more */
     if (status == XCCL_OK && !keep)
         status = xccl_heap_free(comm, XCCL_AREA_MANAGED, moe->pool, timeout_ns);

@@ -48,8 +48,7 @@ typedef struct xccl_moe_layout_t {
 } xccl_moe_layout_t;
 
 /* USAGE for a bad configuration or one whose sizes leave 62 bits. */
-int xccl_moe_layout(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner,
-                    xccl_moe_layout_t *out);
+int xccl_moe_layout(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner, xccl_moe_layout_t *out);
 
 /* One row that a destination has to place: a token that chose one of its experts. Entries are sorted by
  * (local expert, token, slot), so the expert follows from the counts, and the slot from the order. */
@@ -73,8 +72,7 @@ static inline uint64_t xccl_moe_lines(uint64_t bytes) {
 }
 
 static inline xccl_moe_part_t xccl_moe_part(const xccl_moe_layout_t *layout, xccl_quant_t quant,
-                                            uint64_t num_local_experts, uint64_t num_entries,
-                                            uint64_t num_rows) {
+                                            uint64_t num_local_experts, uint64_t num_entries, uint64_t num_rows) {
     xccl_moe_part_t part;
     part.entries = xccl_moe_lines(num_local_experts * sizeof(uint32_t));
     part.scales = part.entries + xccl_moe_lines(num_entries * sizeof(xccl_moe_entry_t));

@@ -54,8 +54,7 @@ static int stage_combine(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void 
     uint64_t extent = extent_of(moe, handle, row_stride);
     handle->in_place = extent > 0 && xccl_gas_is_symmetric(world, y, extent, &in_place_offset);
     uint64_t copy_bytes = handle->in_place ? 0 : (uint64_t)handle->num_recv * moe->layout.row_bytes;
-    int status =
-        xccl_moe_reserve(moe, stage, moe->layout.combine_copy + copy_bytes, &moe->combine_reserved[parity]);
+    int status = xccl_moe_reserve(moe, stage, moe->layout.combine_copy + copy_bytes, &moe->combine_reserved[parity]);
     if (status != XCCL_OK)
         return status;
     write_row_starts(moe, handle, stage);
@@ -72,9 +71,8 @@ static int check_combine(const xccl_moe_t *moe, const xccl_moe_handle_t *handle,
     if (status != XCCL_OK)
         return status;
     if (row_stride < moe->layout.row_bytes && handle->num_recv > 1)
-        return xccl_fail(
-            XCCL_ERR_USAGE, "combine on rank %d: rows of y are %llu bytes apart, expected at least %llu",
-            moe->comm->rank, (unsigned long long)row_stride, (unsigned long long)moe->layout.row_bytes);
+        return xccl_fail(XCCL_ERR_USAGE, "combine on rank %d: rows of y are %llu bytes apart, expected at least %llu",
+                         moe->comm->rank, (unsigned long long)row_stride, (unsigned long long)moe->layout.row_bytes);
     if (moe->combining[xccl_moe_parity(moe->combine_epoch + 1)])
         return xccl_fail(XCCL_ERR_USAGE,
                          "combine on rank %d: two combines are in flight already: call the hook of the first",
@@ -102,8 +100,8 @@ int xccl_moe_combine_send(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void
     /* the field's release makes y and the row starts visible with it; its line is free, see stage_combine */
     uint64_t line = xccl_moe_line_of(moe, moe->layout.combine_field[xccl_moe_parity(epoch)], comm->rank);
     for (int i = 1; i <= comm->size; i++)
-        xccl_gas_field_at(comm->world, comm->ranks[(comm->rank + i) % comm->size], line, epoch,
-                          published.offset, handle->dispatch_epoch, published.row_stride);
+        xccl_gas_field_at(comm->world, comm->ranks[(comm->rank + i) % comm->size], line, epoch, published.offset,
+                          handle->dispatch_epoch, published.row_stride);
     return XCCL_OK;
 }
 
@@ -120,11 +118,10 @@ static int check_peers(xccl_moe_t *moe, const xccl_moe_handle_t *handle) {
         if (theirs == handle->dispatch_epoch)
             continue;
         moe->broken = true;
-        return xccl_fail(
-            XCCL_ERR_USAGE,
-            "combine on rank %d: rank %d combines the handle of dispatch %llu, this rank that of dispatch "
-            "%llu: all ranks must combine their handles in the same order",
-            moe->comm->rank, rank, (unsigned long long)theirs, (unsigned long long)handle->dispatch_epoch);
+        return xccl_fail(XCCL_ERR_USAGE,
+                         "combine on rank %d: rank %d combines the handle of dispatch %llu, this rank that of dispatch "
+                         "%llu: all ranks must combine their handles in the same order",
+                         moe->comm->rank, rank, (unsigned long long)theirs, (unsigned long long)handle->dispatch_epoch);
     }
     return XCCL_OK;
 }

@@ -17,12 +17,11 @@ static int count_slots(xccl_moe_t *moe, xccl_moe_handle_t *handle, const int64_t
         for (int64_t slot = token * num_topk; slot < (token + 1) * num_topk; slot++) {
             int64_t expert = topk_idx[slot];
             if (expert < -1 || expert >= num_experts)
-                return xccl_fail(
-                    XCCL_ERR_USAGE,
-                    "dispatch on rank %d: topk_idx[%lld, %lld] is %lld, expected an expert from 0 to "
-                    "%lld, or -1 for none",
-                    moe->comm->rank, (long long)token, (long long)(slot % num_topk), (long long)expert,
-                    (long long)num_experts - 1);
+                return xccl_fail(XCCL_ERR_USAGE,
+                                 "dispatch on rank %d: topk_idx[%lld, %lld] is %lld, expected an expert from 0 to "
+                                 "%lld, or -1 for none",
+                                 moe->comm->rank, (long long)token, (long long)(slot % num_topk), (long long)expert,
+                                 (long long)num_experts - 1);
             handle->expert[slot] = (int32_t)expert;
             if (expert < 0)
                 continue;
@@ -108,8 +107,7 @@ static void publish_parts(xccl_moe_t *moe, uint64_t epoch) {
     for (int i = 1; i <= comm->size; i++) {
         int rank = (comm->rank + i) % comm->size;
         const xccl_moe_dest_t *dest = &moe->dest[rank];
-        xccl_gas_field_at(comm->world, comm->ranks[rank], line, epoch, dest->offset, dest->num_entries,
-                          dest->num_rows);
+        xccl_gas_field_at(comm->world, comm->ranks[rank], line, epoch, dest->offset, dest->num_entries, dest->num_rows);
     }
 }
 
@@ -118,15 +116,13 @@ static int check_send(const xccl_moe_t *moe, int64_t num_tokens, int parity) {
     if (status != XCCL_OK)
         return status;
     if (num_tokens < 0 || num_tokens > moe->config.num_max_tokens)
-        return xccl_fail(
-            XCCL_ERR_USAGE,
-            "dispatch on rank %d: x has %lld tokens, expected at most num_max_tokens_per_rank = %lld",
-            moe->comm->rank, (long long)num_tokens, (long long)moe->config.num_max_tokens);
+        return xccl_fail(XCCL_ERR_USAGE,
+                         "dispatch on rank %d: x has %lld tokens, expected at most num_max_tokens_per_rank = %lld",
+                         moe->comm->rank, (long long)num_tokens, (long long)moe->config.num_max_tokens);
     if (moe->dispatching[parity])
-        return xccl_fail(
-            XCCL_ERR_USAGE,
-            "dispatch on rank %d: two dispatches are in flight already: call the hook of the first",
-            moe->comm->rank);
+        return xccl_fail(XCCL_ERR_USAGE,
+                         "dispatch on rank %d: two dispatches are in flight already: call the hook of the first",
+                         moe->comm->rank);
     return XCCL_OK;
 }
 
@@ -185,8 +181,7 @@ int xccl_moe_dispatch_send(xccl_moe_t *moe, const void *x, int64_t num_tokens, c
 /* ---- receive half ---- */
 
 static const xccl_field_t *field_of(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, int source) {
-    return xccl_moe_own_line(moe, moe->layout.dispatch_field[xccl_moe_parity(handle->dispatch_epoch)],
-                             source);
+    return xccl_moe_own_line(moe, moe->layout.dispatch_field[xccl_moe_parity(handle->dispatch_epoch)], source);
 }
 
 /* The part that `source` staged for this member. */
@@ -205,19 +200,18 @@ static int count_rows(xccl_moe_t *moe, xccl_moe_handle_t *handle, int32_t *out_n
             row += counts[local];
         }
         if (row - begin > INT32_MAX)
-            return xccl_fail(
-                XCCL_ERR_USAGE,
-                "dispatch on rank %d: %llu rows arrive for one expert, expected at most %d: send fewer "
-                "tokens at once",
-                moe->comm->rank, (unsigned long long)(row - begin), INT32_MAX);
+            return xccl_fail(XCCL_ERR_USAGE,
+                             "dispatch on rank %d: %llu rows arrive for one expert, expected at most %d: send fewer "
+                             "tokens at once",
+                             moe->comm->rank, (unsigned long long)(row - begin), INT32_MAX);
         out_num_recv_per_expert[local] = (int32_t)(row - begin);
     }
     handle->num_recv = (int64_t)row;
     return XCCL_OK;
 }
 
-int xccl_moe_dispatch_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, int64_t timeout_ns,
-                           int64_t *out_num_recv, int32_t *out_num_recv_per_expert) {
+int xccl_moe_dispatch_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, int64_t timeout_ns, int64_t *out_num_recv,
+                           int32_t *out_num_recv_per_expert) {
     int status = xccl_moe_check(moe, handle, XCCL_MOE_SENT, "dispatch");
     if (status != XCCL_OK)
         return status;
@@ -251,8 +245,8 @@ static void pull_group(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, i
     const xccl_moe_config_t *config = &moe->config;
     const xccl_field_t *field = field_of(moe, handle, source);
     const unsigned char *base = part_of(moe, field, source);
-    xccl_moe_part_t part = xccl_moe_part(layout, config->quant, xccl_moe_num_experts_of(moe, moe->comm->rank),
-                                         field->count, field->time);
+    xccl_moe_part_t part =
+        xccl_moe_part(layout, config->quant, xccl_moe_num_experts_of(moe, moe->comm->rank), field->count, field->time);
     const xccl_moe_entry_t *entries = (const xccl_moe_entry_t *)(base + part.entries) + moe->cursor[source];
     const float *scales = (const float *)(base + part.scales);
     size_t hidden = (size_t)config->hidden;
@@ -274,14 +268,13 @@ static void pull_group(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, i
     moe->cursor[source] += count;
 }
 
-int xccl_moe_dispatch_pull(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *recv_x, float *scales,
-                           int32_t *src_rank, int32_t *src_token) {
+int xccl_moe_dispatch_pull(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *recv_x, float *scales, int32_t *src_rank,
+                           int32_t *src_token) {
     int status = xccl_moe_check(moe, handle, XCCL_MOE_COUNTED, "dispatch");
     if (status != XCCL_OK)
         return status;
     if (scales && moe->config.quant == XCCL_QUANT_NONE)
-        return xccl_fail(XCCL_ERR_USAGE, "dispatch on rank %d: there are no scales without quant",
-                         moe->comm->rank);
+        return xccl_fail(XCCL_ERR_USAGE, "dispatch on rank %d: there are no scales without quant", moe->comm->rank);
     received_t to = {recv_x, scales, src_rank, src_token};
     int size = moe->comm->size;
     uint64_t num_local = xccl_moe_num_experts_of(moe, moe->comm->rank);
@@ -289,8 +282,8 @@ int xccl_moe_dispatch_pull(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *rec
     for (uint64_t local = 0; local < num_local; local++)
         for (int source = 0; source < size; source++) {
             const uint32_t *counts = (const uint32_t *)part_of(moe, field_of(moe, handle, source), source);
-            pull_group(moe, handle, source, counts[local],
-                       handle->row_start[(uint64_t)source * num_local + local], &to);
+            pull_group(moe, handle, source, counts[local], handle->row_start[(uint64_t)source * num_local + local],
+                       &to);
         }
     int parity = xccl_moe_parity(handle->dispatch_epoch);
     xccl_moe_signal_all(moe, moe->layout.dispatch_done[parity], handle->dispatch_epoch);

@@ -55,24 +55,21 @@ static int check_config(const xccl_moe_config_t *config, int num_ranks, const in
     };
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
         if (numbers[i].value < numbers[i].min || numbers[i].value > numbers[i].max)
-            return xccl_fail(XCCL_ERR_USAGE, "ExpertParallel: %s is %lld, expected %lld to %lld",
-                             numbers[i].name, (long long)numbers[i].value, (long long)numbers[i].min,
-                             (long long)numbers[i].max);
+            return xccl_fail(XCCL_ERR_USAGE, "ExpertParallel: %s is %lld, expected %lld to %lld", numbers[i].name,
+                             (long long)numbers[i].value, (long long)numbers[i].min, (long long)numbers[i].max);
     if (config->num_max_tokens * config->num_topk > INT32_MAX)
         return xccl_fail(XCCL_ERR_USAGE,
                          "ExpertParallel: num_max_tokens_per_rank * num_topk is %lld, expected at most %d",
                          (long long)(config->num_max_tokens * config->num_topk), INT32_MAX);
     for (int64_t e = 0; e < config->num_experts; e++)
         if (owner[e] < 0 || owner[e] >= num_ranks)
-            return xccl_fail(XCCL_ERR_USAGE,
-                             "ExpertParallel: expert_map[%lld] is %d, expected a rank from 0 to %d",
+            return xccl_fail(XCCL_ERR_USAGE, "ExpertParallel: expert_map[%lld] is %d, expected a rank from 0 to %d",
                              (long long)e, owner[e], num_ranks - 1);
     return XCCL_OK;
 }
 
 static void lay_out_metadata(sizes_t *sizes, int num_ranks, xccl_moe_layout_t *out) {
-    uint64_t *const arrays[] = {out->dispatch_field, out->dispatch_done, out->combine_field,
-                                out->combine_done};
+    uint64_t *const arrays[] = {out->dispatch_field, out->dispatch_done, out->combine_field, out->combine_done};
     uint64_t at = 0;
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++) {
@@ -115,8 +112,7 @@ static void lay_out_staging(sizes_t *sizes, const xccl_moe_config_t *config, uin
     out->bytes.staging = at;
 }
 
-int xccl_moe_layout(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner,
-                    xccl_moe_layout_t *out) {
+int xccl_moe_layout(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner, xccl_moe_layout_t *out) {
     int status = check_config(config, num_ranks, owner);
     if (status != XCCL_OK)
         return status;
@@ -135,13 +131,11 @@ int xccl_moe_layout(const xccl_moe_config_t *config, int num_ranks, const int32_
             XCCL_ERR_USAGE,
             "ExpertParallel: the buffers for %d ranks, %lld tokens a rank, top-%lld and hidden %lld exceed "
             "the 62 bits of an address space: lower num_max_tokens_per_rank",
-            num_ranks, (long long)config->num_max_tokens, (long long)config->num_topk,
-            (long long)config->hidden);
+            num_ranks, (long long)config->num_max_tokens, (long long)config->num_topk, (long long)config->hidden);
     return XCCL_OK;
 }
 
-int xccl_moe_bytes(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner,
-                   xccl_moe_bytes_t *out) {
+int xccl_moe_bytes(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner, xccl_moe_bytes_t *out) {
     xccl_moe_layout_t layout;
     int status = xccl_moe_layout(config, num_ranks, owner, &layout);
     if (status == XCCL_OK)

@@ -8,6 +8,7 @@
 See https://arxiv.org/abs/2508.02520 for the library that this one is modelled on.
 """
 
+from xccl import reference
 from xccl.communicator import Communicator, init
 from xccl.errors import (
     XcclAborted,
@@ -18,6 +19,7 @@ from xccl.errors import (
     XcclTimeout,
     XcclUsageError,
 )
+from xccl.expert_parallel import ExpertParallel
 from xccl.launcher import run
 from xccl.options import rc
 from xccl.signals import Signal
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Communicator",
+    "ExpertParallel",
     "Signal",
     "XcclAborted",
     "XcclError",
@@ -36,5 +39,6 @@ __all__ = [
     "XcclUsageError",
     "init",
     "rc",
+    "reference",
     "run",
 ]

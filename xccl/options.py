@@ -70,6 +70,9 @@ OPTIONS = (
     Option("p2p_slot_size", 64 << 10, "bytes", "payload of one slot of a send/receive ring"),
     Option("p2p_slots", 8, "count", "slots of a send/receive ring, a power of two"),
     Option(
+        "simd", "auto", "auto|scalar|avx2|avx512", "vector instructions of dispatch and combine; all give the same bits"
+    ),
+    Option(
         "coll_block_size", 4 << 20, "bytes", "staging block of collectives on ordinary arrays (two per communicator)"
     ),
 )
