@@ -8,16 +8,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from moe_support import DTYPES, assert_same_numbers, bits
 
 from xccl import reference
 
 SOURCE = Path(__file__).parent.parent / "csrc" / "kernel.c"
-DTYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 SIMD = {"scalar": 1, "avx2": 2, "avx512": 3}
 GUARD = 0x5A
 
@@ -101,18 +100,6 @@ def kernel(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Kernel:
     return Kernel(library, request.param)
 
 
-def bits(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
-
-
-def assert_same_numbers(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Same bits, but any NaN equals any NaN: which of two operands lends its payload is not defined."""
-    assert actual.dtype == expected.dtype
-    nan = np.isnan(expected.astype(np.float32))
-    np.testing.assert_array_equal(np.isnan(actual.astype(np.float32)), nan)
-    np.testing.assert_array_equal(bits(actual)[~nan], bits(expected)[~nan])
-
-
 def random_values(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype, kind: str) -> np.ndarray:
     """Usual values, multiples of half a step, near the smallest scale, any bits, or any finite bits."""
     size = int(np.prod(shape))
@@ -152,9 +139,7 @@ class TestConversions:
     @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
     def test_every_float32_boundary_narrows(self, kernel: Kernel, dtype: np.dtype) -> None:
         """All upper halves with the lower halves around each way to round, NaN payloads included."""
-        lower = np.array(
-            [0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32
-        )
+        lower = np.array([0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
         x = ((np.arange(1 << 16, dtype=np.uint32) << 16)[:, None] | lower).reshape(-1).view(np.float32)
         with np.errstate(all="ignore"):
             expected = x.astype(dtype)
@@ -176,9 +161,7 @@ class TestQuantize:
     @cases
     @example(seed=0, n=8192, dtype=DTYPES[0], kind="halves", offset=1)
     @many
-    def test_is_the_reference(
-        self, kernel: Kernel, seed: int, n: int, dtype: np.dtype, kind: str, offset: int
-    ) -> None:
+    def test_is_the_reference(self, kernel: Kernel, seed: int, n: int, dtype: np.dtype, kind: str, offset: int) -> None:
         x = random_values(np.random.default_rng(seed), (n,), dtype, kind)
         q, scale = kernel.quantize(x, offset)
         expected_q, expected_scales = reference.quantize(x[None])
@@ -206,9 +189,7 @@ class TestQuantize:
 class TestDequantize:
     @cases
     @many
-    def test_is_the_reference(
-        self, kernel: Kernel, seed: int, n: int, dtype: np.dtype, kind: str, offset: int
-    ) -> None:
+    def test_is_the_reference(self, kernel: Kernel, seed: int, n: int, dtype: np.dtype, kind: str, offset: int) -> None:
         rng = np.random.default_rng(seed)
         q = rng.integers(-128, 128, n).astype(np.int8)
         scale = random_values(rng, (1,), DTYPES[0], kind)
@@ -228,9 +209,7 @@ def plain_weighted_sum(rows: np.ndarray, weights: np.ndarray | None) -> np.ndarr
 class TestWeightedSum:
     @cases
     @many
-    def test_is_numpy(
-        self, kernel: Kernel, seed: int, n: int, dtype: np.dtype, kind: str, offset: int
-    ) -> None:
+    def test_is_numpy(self, kernel: Kernel, seed: int, n: int, dtype: np.dtype, kind: str, offset: int) -> None:
         rng = np.random.default_rng(seed)
         num_rows = int(rng.integers(0, 17))
         rows = random_values(rng, (num_rows, n), dtype, kind)

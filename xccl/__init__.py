@@ -21,12 +21,14 @@ from xccl.errors import (
 )
 from xccl.expert_parallel import ExpertParallel
 from xccl.launcher import run
+from xccl.moe_config import BufferBytes
 from xccl.options import rc
 from xccl.signals import Signal
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BufferBytes",
     "Communicator",
     "ExpertParallel",
     "Signal",

@@ -418,8 +418,9 @@ class ExpertParallel:
             raise self._error("combine", f"y must be a NumPy array, got {type(y).__name__}")
         if y.shape != (num_recv, self.hidden) or y.dtype != self.dtype:
             raise self._error("combine", f"y is {_kind(y)}, expected {self.dtype} [{num_recv}, {self.hidden}]")
-        row_bytes = self.hidden * y.itemsize
-        if (self.hidden > 1 and y.strides[1] != y.itemsize) or (num_recv > 1 and y.strides[0] < row_bytes):
+        contiguous = y.strides[1] == y.itemsize or self.hidden == 1
+        ascending = y.strides[0] >= self.hidden * y.itemsize or num_recv == 1
+        if num_recv > 0 and not (contiguous and ascending):
             raise self._error(
                 "combine",
                 f"rows of y must be contiguous and ascending, got strides {y.strides}: pass "
