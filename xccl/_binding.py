@@ -59,6 +59,8 @@ def timeout_ns(timeout: float | None) -> int:
 
 def array_address(a: np.ndarray[Any, Any]) -> int:
     """Address of the first element; works for every dtype, unlike the buffer protocol (bfloat16)."""
+    if a.ndim and a.flags.c_contiguous:  # twice as fast as the general way
+        return int(ffi.cast("uintptr_t", ffi.from_buffer(a.view(np.uint8))))
     return int(a.__array_interface__["data"][0])
 
 
