@@ -170,6 +170,24 @@ def test_outputs_in_place_stay_until_a_slow_peer_has_read_them(comm: xccl.Commun
             assert_same_numbers(combined, batch.outs(False)[rank])
 
 
+@ranks(2, 3)
+def test_a_copied_output_is_not_overwritten_while_a_slow_peer_reads(comm: xccl.Communicator) -> None:
+    """The hook of a combine whose y was copied does not wait for readers: its stage must."""
+    rng = np.random.default_rng(10)
+    layer = Layer(comm.size, 5, 300, 2, 8, DTYPES[0], None, None)
+    rank = comm.rank
+    with layer.open(comm) as ep:
+        batches = [random_batch(rng, layer) for _ in range(8)]
+        handles = [ep.dispatch(b.xs[rank], b.idxs[rank])[1] for b in batches]
+        combines = iter([(b.ys[rank].copy(), handle) for b, handle in zip(batches, handles, strict=True)])
+        hooks = [ep.combine_async(*next(combines)) for _ in range(2)]
+        for batch in batches:
+            if rank:
+                time.sleep(0.02)
+            assert_same_numbers(hooks.pop(0)(), batch.outs(False)[rank])
+            hooks += [ep.combine_async(*c) for c in [next(combines, None)] if c]
+
+
 @ranks(1, 4)
 def test_ranks_without_tokens_take_part(comm: xccl.Communicator) -> None:
     """Many operations in which most ranks, or all, have nothing to send (class 13)."""

@@ -22,6 +22,7 @@ from xccl.errors import (
 from xccl.expert_parallel import ExpertParallel
 from xccl.launcher import run
 from xccl.moe_config import BufferBytes
+from xccl.moe_handle import Handle, Hook
 from xccl.options import rc
 from xccl.signals import Signal
 
@@ -31,6 +32,8 @@ __all__ = [
     "BufferBytes",
     "Communicator",
     "ExpertParallel",
+    "Handle",
+    "Hook",
     "Signal",
     "XcclAborted",
     "XcclError",

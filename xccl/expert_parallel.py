@@ -393,19 +393,19 @@ class ExpertParallel:
         self, operation: str, name: str, a: Array, dtype: np.dtype[Any] | None = None, *, write: bool = False
     ) -> Any:
         """Pointer to rows of `hidden` elements."""
-        (writable if write else readable)(a, name, f"{operation} on rank {self.comm.rank}")
+        address = (writable if write else readable)(a, name, f"{operation} on rank {self.comm.rank}")
         expected = dtype or self.dtype
         if a.ndim != 2 or a.shape[1] != self.hidden or a.dtype != expected:
             raise self._error(operation, f"{name} is {_kind(a)}, expected {expected} [rows, {self.hidden}]")
-        return _pointer("void *", a)
+        return ffi.cast("void *", address)
 
     def _slots(self, operation: str, name: str, a: Array, num_tokens: int, dtype: np.dtype[Any]) -> Any:
         """Pointer to one number for each token and expert slot."""
-        readable(a, name, f"{operation} on rank {self.comm.rank}")
+        address = readable(a, name, f"{operation} on rank {self.comm.rank}")
         if a.shape != (num_tokens, self.num_topk) or a.dtype != dtype:
             expected = f"{dtype} [{num_tokens}, {self.num_topk}]"
             raise self._error(operation, f"{name} is {_kind(a)}, expected {expected} [num_tokens, num_topk]")
-        return _pointer("int64_t *" if dtype == _INT64 else "float *", a)
+        return ffi.cast("int64_t *" if dtype == _INT64 else "float *", address)
 
     def _weights(self, operation: str, a: Array | None, num_tokens: int) -> Any:
         if a is None:
