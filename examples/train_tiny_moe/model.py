@@ -115,7 +115,8 @@ class SwiGLU(nn.Module):
 class GroupedMatmul(torch.autograd.Function):
     """Rows in expert order times their expert's matrix.
 
-    One autograd node instead of one an expert: at these sizes the graph's overhead would exceed the arithmetic.
+    One autograd node, not one an expert: at these sizes the graph's overhead would exceed the arithmetic.
+    float32, as counts change at every step and bfloat16 kernels are built anew for each new shape.
     """
 
     @staticmethod
@@ -227,7 +228,7 @@ class MoEBlock(Block):
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=self.config.num_experts).tolist()
         gate_up = torch.cat((self.experts["gate"].weight, self.experts["up"].weight), -1)
-        # Each row k times, then in expert order: the gradient of expand is a sum, that of a gather a slow scatter.
+        # Each row k times, then permuted: the gradient is a sum and a permutation instead of a slow scatter.
         rows = Permute.apply(flat[:, None].expand(-1, chosen.shape[1], -1).flatten(0, 1), order)
         gate, up = GroupedMatmul.apply(rows, gate_up, counts).chunk(2, -1)
         rows = GroupedMatmul.apply(F.silu(gate) * up, self.experts["down"].weight, counts)

@@ -26,7 +26,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum; parameters are [..., in, out], leading dimensions are separate matrices."""
+    """Muon with Nesterov momentum for parameters [..., in, out], where leading dimensions count matrices."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})

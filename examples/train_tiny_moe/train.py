@@ -13,7 +13,7 @@ from model import Config, TinyMoE
 from optimizer import Muon
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
-from text import load
+from text import Document, load
 from tokenizer import END_OF_TEXT
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -23,19 +23,21 @@ MTP_LOSS_WEIGHT = 0.3
 MUON_RATE = 0.03
 ADAM_RATE = 4e-3
 BIAS_STEP = 0.002
-# Only experts outside this range of the mean load have their bias moved: load stays skewed but never collapses.
+# Only experts outside this range of the mean load have their bias moved: load stays skewed, never collapses.
 LOAD_LOW, LOAD_HIGH = 0.5, 2.0
 
 
-def token_stream(path: Path, tokenizer: Tokenizer) -> np.ndarray:
-    """All documents of a file one after the other, end-of-text before each."""
+def token_stream(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
+    """All documents one after the other, end-of-text before each."""
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-    encodings = tokenizer.encode_batch([document.text for document in load(path)])
+    encodings = tokenizer.encode_batch([document.text for document in documents])
     return np.concatenate([np.array([end_of_text, *encoding.ids], np.int64) for encoding in encodings])
 
 
 def windows(stream: np.ndarray, length: int, batch: int, seed: int) -> Iterator[Tensor]:
     """Yield batches [batch, length + 2] for ever: each epoch cuts at another offset and shuffles."""
+    if len(stream) < (batch + 2) * length:
+        raise ValueError(f"{len(stream)} tokens of text are too few for a batch of {batch} x {length} tokens")
     rng = np.random.default_rng(seed)
     while True:
         starts = rng.permutation(np.arange(rng.integers(length), len(stream) - length - 1, length))
@@ -60,7 +62,6 @@ def losses(model: TinyMoE, window: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of the next token and, by MTP, of the one after."""
     with torch.autocast("cpu", torch.bfloat16):
         logits, mtp_logits = model(window[:, :-2], window[:, 1:-1])
-    assert mtp_logits is not None
     main = F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:-1].flatten())
     mtp = F.cross_entropy(mtp_logits.float().flatten(0, 1), window[:, 2:].flatten())
     return main, mtp
@@ -74,7 +75,9 @@ def balance(model: TinyMoE) -> None:
         block.router.bias += BIAS_STEP * ((relative < LOAD_LOW).float() - (relative > LOAD_HIGH).float())
 
 
-def train(model: TinyMoE, stream: np.ndarray, *, steps: int, batch: int, seed: int) -> Iterator[dict[str, float]]:
+def train(
+    model: TinyMoE, stream: np.ndarray, *, steps: int, batch: int, seed: int
+) -> Iterator[dict[str, float]]:
     """Train in place; yield each step's losses in nats a token."""
     batches = windows(stream, model.config.max_context, batch, seed)
     chosen_optimizers = optimizers(model)
@@ -96,13 +99,11 @@ def run(args: argparse.Namespace) -> None:
     """Train and write weights.safetensors (float32) and losses.jsonl."""
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer.from_file(str(args.data / "tokenizer.json"))
-    stream = token_stream(args.data / "train.jsonl", tokenizer)
+    stream = token_stream(load(args.data / "train.jsonl"), tokenizer)
     model = TinyMoE(Config(eot_token=tokenizer.token_to_id(END_OF_TEXT)))
     args.out.mkdir(parents=True, exist_ok=True)
-    bar = Progress(
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-    )
-    with bar, (args.out / "losses.jsonl").open("w", buffering=1) as log:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns) as bar, (args.out / "losses.jsonl").open("w", buffering=1) as log:
         task = bar.add_task("", total=args.steps)
         for report in train(model, stream, steps=args.steps, batch=args.batch, seed=args.seed):
             log.write(json.dumps(report) + "\n")
