@@ -1,0 +1,62 @@
+"""Dispatch and combine inside one process: the reference that needs no communication."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from xccl.serving.arrays import AnyArray, FloatArray, IntArray
+
+_SMALLEST_SCALE = np.finfo(np.float32).tiny
+
+
+@dataclass(frozen=True)
+class LocalHandle:
+    """What :class:`LocalExperts` keeps between dispatch and combine."""
+
+    num_recv_tokens_per_expert: AnyArray
+    row_of_slot: IntArray
+    topk_weights: FloatArray
+
+
+class LocalExperts:
+    """All experts in one process, float32, with the numerics and the row order of ``xccl.ExpertParallel``.
+
+    ``quant`` "int8" quantises and dequantises every token as dispatch does (symmetric, one scale a token).
+    """
+
+    def __init__(self, num_experts: int, quant: str | None) -> None:
+        if quant not in (None, "int8"):
+            raise ValueError(f"quant must be None or 'int8', got {quant!r}")
+        self._num_experts = num_experts
+        self._quant = quant
+
+    def dispatch(self, x: AnyArray, topk_idx: IntArray, topk_weights: FloatArray) -> tuple[FloatArray, LocalHandle]:
+        """Rows of x [tokens, hidden] sorted by (expert, token), for topk_idx and topk_weights [tokens, topk]."""
+        num_topk = topk_idx.shape[1]
+        flat = topk_idx.ravel()
+        order = np.argsort(flat, kind="stable")
+        row_of_slot = np.empty_like(order)
+        row_of_slot[order] = np.arange(len(order))
+        counts = np.bincount(flat, minlength=self._num_experts).astype(np.int32)
+        delivered = x if self._quant is None else _through_int8(x)
+        handle = LocalHandle(counts, row_of_slot.reshape(topk_idx.shape), topk_weights)
+        return delivered[order // num_topk], handle
+
+    def combine(self, y: AnyArray, handle: LocalHandle) -> FloatArray:
+        """Weighted sum over each token's slots in slot order, float32: [tokens, hidden]."""
+        tokens, num_topk = handle.row_of_slot.shape
+        out: FloatArray = np.zeros((tokens, y.shape[1]), np.float32)
+        for slot in range(num_topk):
+            out += handle.topk_weights[:, slot, None] * y[handle.row_of_slot[:, slot]]
+        return out
+
+
+def _through_int8(x: FloatArray) -> FloatArray:
+    scale = np.maximum.reduce(np.abs(x), axis=1, keepdims=True) / np.float32(127)
+    usable = scale >= _SMALLEST_SCALE
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=usable)
+    quantised = np.clip(np.rint(x * inverse), np.float32(-127), np.float32(127))
+    dequantised: FloatArray = quantised * np.where(usable, scale, np.float32(0))
+    return dequantised

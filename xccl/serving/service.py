@@ -1,0 +1,78 @@
+"""Puts the parts together: the engine of one rank of a communicator, and the single-process reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from xccl.serving.config import ModelConfig
+from xccl.serving.engine import Engine, EngineOptions
+from xccl.serving.exchange import StepExchange, StepReport
+from xccl.serving.local_experts import LocalExperts
+from xccl.serving.model import MoEModel
+from xccl.serving.request import Request
+from xccl.serving.scheduler import max_step_rows
+from xccl.serving.statistics import MeasuredTransport, RankResult
+from xccl.serving.transport import ExpertTransport
+
+OnReport = Callable[[StepReport], None]
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """A run over all ranks.
+
+    ``batch`` is the largest number of concurrent requests over all ranks, ``quant`` the format in which dispatch
+    sends tokens, ``kv_blocks`` the KV cache of one rank (None: enough for its requests at full context).
+    """
+
+    model: Path
+    batch: int = 64
+    mtp: bool = True
+    quant: str | None = "int8"
+    kv_blocks: int | None = None
+
+
+def slots_of_rank(batch: int, rank: int, size: int) -> int:
+    """Concurrent requests of one rank: ``batch`` spread evenly, lower ranks first; zero is possible."""
+    return batch // size + (rank < batch % size)
+
+
+def requests_of_rank(requests: Sequence[Request], batch: int, rank: int, size: int) -> list[Request]:
+    """Requests that a rank owns: dealt in turn over the ranks that have a slot."""
+    owners = min(batch, size)
+    return list(requests[rank::owners]) if rank < owners else []
+
+
+def experts_of_rank(num_experts: int, rank: int, size: int) -> slice:
+    """The default map of ``xccl.ExpertParallel``: contiguous blocks, larger ones first."""
+    base, extra = divmod(num_experts, size)
+    start = rank * base + min(rank, extra)
+    return slice(start, start + base + (rank < extra))
+
+
+def serve_reference(
+    requests: Sequence[Request], options: ServiceOptions, on_report: OnReport | None = None
+) -> RankResult:
+    """Serve all requests in this process, without any communication: what every other run must equal."""
+    config = ModelConfig.load(options.model / "config.json")
+    transport = LocalExperts(config.num_experts, options.quant)
+    engine = _engine(config, transport, options, options.batch, experts_of_rank(config.num_experts, 0, 1), on_report)
+    return engine.run(requests)
+
+
+def _engine(
+    config: ModelConfig,
+    transport: ExpertTransport,
+    options: ServiceOptions,
+    slots: int,
+    local_experts: slice,
+    on_report: OnReport | None,
+    exchange: StepExchange | None = None,
+) -> Engine:
+    moe_calls = config.num_moe_layers + options.mtp
+    measured = MeasuredTransport(transport, config.num_experts, moe_calls)
+    model = MoEModel.load(options.model, measured, local_experts)
+    engine_options = EngineOptions(slots, options.mtp, options.kv_blocks)
+    return Engine(model, measured, exchange or StepExchange(None, 2 * slots), engine_options, on_report)

@@ -1,0 +1,27 @@
+"""What a MoE layer needs from the layer below: dispatch and combine."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from xccl.serving.arrays import AnyArray, FloatArray, IntArray
+
+
+class DispatchHandle(Protocol):
+    """What dispatch returns beside the rows."""
+
+    @property
+    def num_recv_tokens_per_expert(self) -> AnyArray:
+        """Rows of each local expert, int32 [local experts]."""
+
+
+class ExpertTransport(Protocol):
+    """The part of ``xccl.ExpertParallel`` that a MoE layer uses."""
+
+    def dispatch(
+        self, x: AnyArray, topk_idx: IntArray, topk_weights: FloatArray
+    ) -> tuple[AnyArray, DispatchHandle]:
+        """Send tokens to the ranks of their experts; rows arrive sorted by local expert. Collective."""
+
+    def combine(self, y: AnyArray, handle: DispatchHandle) -> AnyArray:
+        """Weighted sum of the expert outputs at the rank of each token. Collective."""
