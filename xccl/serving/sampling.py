@@ -21,6 +21,9 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
+# entries among which the end of the nucleus is sought first; sorting a whole vocabulary costs several times more
+_NUCLEUS_GUESS = 128
+
 
 @dataclass(frozen=True)
 class SamplingBatch:
@@ -76,11 +79,24 @@ def _mask_outside_nucleus(scores: FloatArray, top_p: FloatArray) -> None:
     """Set scores outside each row's nucleus to -inf; entries as probable as its last member stay in."""
     probability = np.exp(scores - np.maximum.reduce(scores, axis=1, keepdims=True))
     probability /= np.add.reduce(probability, axis=1, keepdims=True)
-    descending = np.sort(probability, axis=1)[:, ::-1]
-    before = np.cumsum(descending, axis=1) - descending
-    size = np.add.reduce(before < top_p[:, None], axis=1)
-    last = np.take_along_axis(descending, size[:, None] - 1, axis=1)
-    scores[(probability < last) & (top_p[:, None] < 1)] = -np.inf
+    last = _least_of_nucleus(probability, top_p, min(_NUCLEUS_GUESS, scores.shape[1]))
+    scores[(probability < last[:, None]) & (top_p[:, None] < 1)] = -np.inf
+
+
+def _least_of_nucleus(probability: FloatArray, top_p: FloatArray, guess: int) -> FloatArray:
+    """Probability of the last member of each row's nucleus, found among the ``guess`` largest entries if it is there.
+
+    The running sum over the largest entries is the beginning of the sum over all, so the guess changes no bit.
+    """
+    largest = np.partition(probability, -guess, axis=1)[:, -guess:]
+    descending = np.sort(largest, axis=1)[:, ::-1]
+    total = np.cumsum(descending, axis=1)
+    size = np.minimum(np.add.reduce(total < top_p[:, None], axis=1) + 1, guess)
+    least: FloatArray = np.take_along_axis(descending, size[:, None] - 1, axis=1)[:, 0]
+    open_rows = np.flatnonzero(total[:, -1] < top_p)
+    if guess < probability.shape[1] and len(open_rows):
+        least[open_rows] = _least_of_nucleus(probability[open_rows], top_p[open_rows], probability.shape[1])
+    return least
 
 
 def _mix(words: _Words) -> _Words:

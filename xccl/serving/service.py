@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import xccl
 from xccl.serving.config import ModelConfig
-from xccl.serving.engine import Engine, EngineOptions
+from xccl.serving.engine import PREFILL_ROWS, Engine, EngineOptions
 from xccl.serving.exchange import StepExchange, StepReport
 from xccl.serving.local_experts import LocalExperts
 from xccl.serving.model import MoEModel
@@ -50,6 +51,34 @@ def experts_of_rank(num_experts: int, rank: int, size: int) -> slice:
     base, extra = divmod(num_experts, size)
     start = rank * base + min(rank, extra)
     return slice(start, start + base + (rank < extra))
+
+
+def serve_rank(
+    comm: xccl.Communicator, requests: Sequence[Request], options: ServiceOptions, on_report: OnReport | None = None
+) -> RankResult:
+    """Serve this rank's share of ``requests`` (the same list on every rank). Collective."""
+    config = ModelConfig.load(options.model / "config.json")
+    slots = slots_of_rank(options.batch, 0, comm.size)
+    transport = xccl.ExpertParallel(
+        comm,
+        config.num_experts,
+        config.hidden,
+        config.num_topk,
+        max_step_rows(slots, PREFILL_ROWS),
+        dtype="float32",
+        quant=options.quant,
+    )
+    engine = _engine(
+        config,
+        transport,
+        options,
+        slots_of_rank(options.batch, comm.rank, comm.size),
+        experts_of_rank(config.num_experts, comm.rank, comm.size),
+        on_report,
+        StepExchange(comm, 2 * slots),
+    )
+    comm.barrier()
+    return engine.run(requests_of_rank(requests, options.batch, comm.rank, comm.size))
 
 
 def serve_reference(

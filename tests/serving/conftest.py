@@ -1,0 +1,18 @@
+from pathlib import Path
+
+import pytest
+from threadpoolctl import threadpool_limits
+
+from tests.serving.tiny_model import write_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a small random model (no tokenizer)."""
+    return write_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(autouse=True)
+def _one_blas_thread():
+    with threadpool_limits(1):
+        yield

@@ -1,0 +1,275 @@
+"""The command ``xccl serve``: a small trained MoE language model, served by expert-parallel ranks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xccl
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from xccl.serving.request import Request
+    from xccl.serving.service import ServiceOptions
+    from xccl.serving.statistics import RankResult
+    from xccl.serving.tokenizer import Tokenizer
+
+_EXTRA_MODULES = ("safetensors", "tokenizers", "rich", "threadpoolctl")
+_DEFAULT_MODEL = Path(__file__).parent / "serving" / "model"
+_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+_SHOWN_REQUESTS = 8
+
+_EPILOG = """\
+Without --prompt and --file, prompts are read from standard input if that is a pipe, else built-in ones are used.
+The same seed gives the same text on any number of ranks, at any --batch, with and without --mtp.
+"""
+
+
+class _InputError(Exception):
+    """Something the user gave cannot be used; the message says what and what to do."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Add ``serve`` to the subcommands of xccl; :func:`main` runs it."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve text from a small MoE model, its experts spread over ranks",
+        description="Serve text from a small MoE model whose experts are spread over ranks.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-n", "--ranks", type=_positive, default=2, metavar="N", help="ranks to start (default 2)")
+    parser.add_argument("--model", type=Path, default=_DEFAULT_MODEL, metavar="DIR", help="model folder")
+    _add_input_arguments(parser)
+    _add_engine_arguments(parser)
+    parser.add_argument(
+        "--check", action="store_true", help="also run one process without communication; demand the same tokens"
+    )
+    parser.add_argument("--json", type=Path, metavar="F", help="write texts and figures to F")
+    parser.set_defaults(main=main)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run ``xccl serve``: 0 if all went well, 1 if --check found a difference or a rank failed, 2 for wrong input."""
+    try:
+        _require_extras()
+        return _serve(args)
+    except _InputError as error:
+        sys.stderr.write(f"xccl serve: {error}\n")
+        return 2
+    except xccl.XcclError as error:
+        sys.stderr.write(f"xccl serve: {error}\n")
+        return 1
+
+
+def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts and sampling")
+    group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue (repeatable)")
+    group.add_argument("--file", metavar="F", help="prompts, one a line; - is standard input")
+    group.add_argument("--requests", type=_positive, metavar="N", help="repeat the prompts in turn up to N requests")
+    group.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="tokens a request (default 64)")
+    group.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default 0.8)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (default 1: off)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="key of the sampling noise (default 0)")
+
+
+def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument("--batch", type=_positive, default=64, metavar="N", help="concurrent requests (default 64)")
+    group.add_argument(
+        "--mtp", action=argparse.BooleanOptionalAction, default=True, help="speculative decoding (default on)"
+    )
+    group.add_argument("--quant", choices=("int8", "none"), default="int8", help="tokens in dispatch (default int8)")
+    group.add_argument("--kv-blocks", type=_positive, metavar="N", help="KV cache of a rank, in blocks of 16 tokens")
+    group.add_argument(
+        "--timeout", type=float, metavar="S", help="longest wait for another rank in seconds (default: XCCL_TIMEOUT)"
+    )
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+    return value
+
+
+def _require_extras() -> None:
+    missing = [name for name in _EXTRA_MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise _InputError(f"{', '.join(missing)} not installed: run  pip install 'xccl[serve]'")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from threadpoolctl import threadpool_limits
+
+    from xccl.serving.report import summary_table
+    from xccl.serving.service import ServiceOptions
+    from xccl.serving.statistics import summarise
+
+    console = Console()
+    prompts, requests, tokenizer = _prepare(args)
+    options = ServiceOptions(
+        model=args.model,
+        batch=min(args.batch, len(requests)),
+        mtp=args.mtp,
+        quant=None if args.quant == "none" else args.quant,
+        kv_blocks=args.kv_blocks,
+    )
+    # one BLAS thread a rank: the matrices are small, and more threads may sum in another order
+    with threadpool_limits(1):
+        console.file.flush()
+        results = xccl.run(_serve_rank, args.ranks, requests, options, prompts, timeout=args.timeout)
+        summary = summarise(results)
+        console.print(summary_table(summary))
+        verdict = _check(console, requests, options, results, tokenizer) if args.check else None
+    if args.json is not None:
+        _write_json(args, prompts, tokenizer, results, asdict(summary), verdict)
+    return 0 if verdict is None or verdict["passed"] else 1
+
+
+def _prepare(args: argparse.Namespace) -> tuple[list[str], list[Request], Tokenizer]:
+    """Check everything the user gave; returns the prompt of each request, the requests, and the tokenizer."""
+    from xccl.serving.config import ModelConfig
+    from xccl.serving.prompts import PromptError, collect_prompts, make_requests
+    from xccl.serving.request import SamplingParams
+    from xccl.serving.tokenizer import Tokenizer
+
+    missing = [name for name in _MODEL_FILES if not (args.model / name).is_file()]
+    if missing:
+        raise _InputError(f"model folder {args.model} has no {', '.join(missing)}")
+    try:
+        sampling = SamplingParams(args.max_tokens, args.temperature, args.top_p, args.seed)
+        config = ModelConfig.load(args.model / "config.json")
+        tokenizer = Tokenizer.load(args.model / "tokenizer.json", config.eot_token)
+        prompts = collect_prompts(args.prompt, args.file, sys.stdin)
+        requests = make_requests(prompts, args.requests, sampling, tokenizer, config)
+    except (PromptError, ValueError) as error:
+        raise _InputError(str(error)) from error
+    _check_kv_blocks(args.kv_blocks, requests, config.max_context)
+    return [prompts[i % len(prompts)] for i in range(len(requests))], requests, tokenizer
+
+
+def _check_kv_blocks(kv_blocks: int | None, requests: Sequence[Request], max_context: int) -> None:
+    from xccl.serving.kv_cache import blocks_for
+    from xccl.serving.running import length_limit
+
+    needed = max(blocks_for(length_limit(request, max_context)) for request in requests)
+    if kv_blocks is not None and kv_blocks < needed:
+        raise _InputError(f"--kv-blocks {kv_blocks} is too small: the longest request needs {needed} blocks")
+
+
+def _serve_rank(
+    comm: xccl.Communicator, requests: Sequence[Request], options: ServiceOptions, prompts: Sequence[str]
+) -> RankResult:
+    """One rank of the run; rank 0 writes the texts."""
+    from rich.console import Console
+
+    from xccl.serving.config import ModelConfig
+    from xccl.serving.service import serve_rank
+    from xccl.serving.streaming import TextPrinter
+    from xccl.serving.tokenizer import Tokenizer
+
+    printer = None
+    if comm.rank == 0:
+        config = ModelConfig.load(options.model / "config.json")
+        tokenizer = Tokenizer.load(options.model / "tokenizer.json", config.eot_token)
+        printer = TextPrinter(Console(), requests, prompts, tokenizer, config, _SHOWN_REQUESTS)
+    return serve_rank(comm, requests, options, printer)
+
+
+def _check(
+    console: Console,
+    requests: Sequence[Request],
+    options: ServiceOptions,
+    results: Sequence[RankResult],
+    tokenizer: Tokenizer,
+) -> dict[str, Any]:
+    """Run the reference, say in words whether the texts are the same and how the speeds compare."""
+    from xccl.serving.check import first_difference
+    from xccl.serving.service import serve_reference
+    from xccl.serving.statistics import summarise
+    from xccl.serving.streaming import CountBar
+
+    bar = CountBar(console, "single-process reference", len(requests))
+    reference = serve_reference(requests, options, lambda report: bar.update(report.num_unfinished))
+    difference = first_difference([output for result in results for output in result.outputs], reference.outputs)
+    ranks, single = summarise(results), summarise([reference])
+    ratio = ranks.tokens_per_second / single.tokens_per_second
+    stable = reference.row_stable and all(result.row_stable for result in results)
+    if difference is None:
+        console.print(
+            f"check passed: {ranks.requests} requests, {ranks.tokens} tokens, all the same as those of one process "
+            "without communication"
+        )
+    else:
+        got, expected = (
+            "the end" if token is None else f"{token} {tokenizer.decode([token])!r}"
+            for token in (difference.got, difference.expected)
+        )
+        console.print(
+            f"check {'failed' if stable else 'found a difference'}: request {difference.request_id} differs at its "
+            f"token {difference.index}: {got}, one process says {expected}",
+            highlight=False,
+        )
+    if not stable:
+        console.print(
+            "This BLAS gives a row other bits in another batch, so equality cannot be demanded here; a difference "
+            "is no failure."
+        )
+    console.print(
+        f"{len(results)} ranks: {ranks.tokens_per_second:.0f} tokens/s, one process: "
+        f"{single.tokens_per_second:.0f} tokens/s at the same batch, ratio {ratio:.2f}"
+    )
+    return {
+        "passed": difference is None or not stable,
+        "same_tokens": difference is None,
+        "row_stable_blas": stable,
+        "difference": None if difference is None else asdict(difference),
+        "single_process": asdict(single),
+        "speed_ratio": ratio,
+    }
+
+
+def _write_json(
+    args: argparse.Namespace,
+    prompts: Sequence[str],
+    tokenizer: Tokenizer,
+    results: Sequence[RankResult],
+    summary: dict[str, Any],
+    verdict: dict[str, Any] | None,
+) -> None:
+    outputs = sorted((o for result in results for o in result.outputs), key=lambda output: output.request_id)
+    names = ("ranks", "batch", "mtp", "quant", "max_tokens", "temperature", "top_p", "seed")
+    document = {
+        "options": {"model": str(args.model), **{name: getattr(args, name) for name in names}},
+        "summary": summary,
+        "check": verdict,
+        "requests": [
+            {
+                "id": output.request_id,
+                "prompt": prompts[output.request_id],
+                "text": tokenizer.decode(output.tokens),
+                "tokens": output.tokens,
+                "finish_reason": output.finish_reason,
+                "time_to_first_token": output.time_to_first_token,
+                "time_per_output_token": output.time_per_output_token,
+            }
+            for output in outputs
+        ],
+    }
+    try:
+        args.json.write_text(json.dumps(document, indent=2) + "\n")
+    except OSError as error:
+        raise _InputError(f"cannot write {args.json}: {error}") from error
