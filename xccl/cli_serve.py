@@ -25,6 +25,7 @@ _EXTRA_MODULES = ("safetensors", "tokenizers", "rich", "threadpoolctl")
 _DEFAULT_MODEL = Path(__file__).parent / "serving" / "model"
 _MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 _SHOWN_REQUESTS = 8
+_EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do
 
 _EPILOG = """\
 Without --prompt and --file, prompts are read from standard input if that is a pipe, else built-in ones are used.
@@ -36,7 +37,7 @@ class _InputError(Exception):
     """Something the user gave cannot be used; the message says what and what to do."""
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def add_parser(subparsers: Any) -> None:
     """Add ``serve`` to the subcommands of xccl; :func:`main` runs it."""
     parser = subparsers.add_parser(
         "serve",
@@ -54,20 +55,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--json", type=Path, metavar="F", help="write texts and figures to F")
     parser.set_defaults(main=main)
-    return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run ``xccl serve``: 0 if all went well, 1 if --check found a difference or a rank failed, 2 for wrong input."""
+    """Run ``xccl serve``: 0 if all went well, 1 if --check found a difference, 2 for wrong input.
+
+    Raises what :func:`xccl.run` raises if a rank fails.
+    """
     try:
         _require_extras()
         return _serve(args)
     except _InputError as error:
         sys.stderr.write(f"xccl serve: {error}\n")
         return 2
-    except xccl.XcclError as error:
-        sys.stderr.write(f"xccl serve: {error}\n")
-        return 1
+    except KeyboardInterrupt:
+        return _EXIT_INTERRUPTED
 
 
 def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,9 +91,7 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--quant", choices=("int8", "none"), default="int8", help="tokens in dispatch (default int8)")
     group.add_argument("--kv-blocks", type=_positive, metavar="N", help="KV cache of a rank, in blocks of 16 tokens")
-    group.add_argument(
-        "--timeout", type=float, metavar="S", help="longest wait for another rank in seconds (default: XCCL_TIMEOUT)"
-    )
+    group.add_argument("--timeout", type=float, metavar="S", help="end all ranks after S seconds")
 
 
 def _positive(text: str) -> int:

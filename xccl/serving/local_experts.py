@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xccl.reference import dequantize, quantize
 from xccl.serving.arrays import AnyArray, FloatArray, IntArray
-
-_SMALLEST_SCALE = np.finfo(np.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class LocalExperts:
         row_of_slot = np.empty_like(order)
         row_of_slot[order] = np.arange(len(order))
         counts = np.bincount(flat, minlength=self._num_experts).astype(np.int32)
-        delivered = x if self._quant is None else _through_int8(x)
+        delivered = x if self._quant is None else dequantize(*quantize(x), np.float32)
         handle = LocalHandle(counts, row_of_slot.reshape(topk_idx.shape), topk_weights)
         return delivered[order // num_topk], handle
 
@@ -51,12 +50,3 @@ class LocalExperts:
         for slot in range(num_topk):
             out += handle.topk_weights[:, slot, None] * y[handle.row_of_slot[:, slot]]
         return out
-
-
-def _through_int8(x: FloatArray) -> FloatArray:
-    scale = np.maximum.reduce(np.abs(x), axis=1, keepdims=True) / np.float32(127)
-    usable = scale >= _SMALLEST_SCALE
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=usable)
-    quantised = np.clip(np.rint(x * inverse), np.float32(-127), np.float32(127))
-    dequantised: FloatArray = quantised * np.where(usable, scale, np.float32(0))
-    return dequantised
