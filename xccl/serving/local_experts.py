@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +32,27 @@ class LocalExperts:
         self._num_experts = num_experts
         self._quant = quant
 
-    def dispatch(self, x: AnyArray, topk_idx: IntArray, topk_weights: FloatArray) -> tuple[FloatArray, LocalHandle]:
-        """Rows of x [tokens, hidden] sorted by (expert, token), for topk_idx and topk_weights [tokens, topk]."""
+    def dispatch_async(
+        self, x: AnyArray, topk_idx: IntArray, topk_weights: FloatArray
+    ) -> Callable[[], tuple[FloatArray, LocalHandle]]:
+        """The hook returns the rows of x [tokens, hidden] sorted by (expert, token).
+
+        topk_idx and topk_weights are [tokens, topk]; every index is that of an expert.
+        """
+        received = self._sorted_rows(x, topk_idx, topk_weights)
+        return lambda: received
+
+    def combine(self, y: AnyArray, handle: LocalHandle) -> FloatArray:
+        """Weighted sum over each token's slots in slot order, float32: [tokens, hidden]."""
+        tokens, num_topk = handle.row_of_slot.shape
+        out: FloatArray = np.zeros((tokens, y.shape[1]), np.float32)
+        for slot in range(num_topk):
+            out += handle.topk_weights[:, slot, None] * y[handle.row_of_slot[:, slot]]
+        return out
+
+    def _sorted_rows(
+        self, x: AnyArray, topk_idx: IntArray, topk_weights: FloatArray
+    ) -> tuple[FloatArray, LocalHandle]:
         num_topk = topk_idx.shape[1]
         flat = topk_idx.ravel()
         order = np.argsort(flat, kind="stable")
@@ -42,11 +62,3 @@ class LocalExperts:
         delivered = x if self._quant is None else dequantize(*quantize(x), np.float32)
         handle = LocalHandle(counts, row_of_slot.reshape(topk_idx.shape), topk_weights)
         return delivered[order // num_topk], handle
-
-    def combine(self, y: AnyArray, handle: LocalHandle) -> FloatArray:
-        """Weighted sum over each token's slots in slot order, float32: [tokens, hidden]."""
-        tokens, num_topk = handle.row_of_slot.shape
-        out: FloatArray = np.zeros((tokens, y.shape[1]), np.float32)
-        for slot in range(num_topk):
-            out += handle.topk_weights[:, slot, None] * y[handle.row_of_slot[:, slot]]
-        return out

@@ -23,9 +23,14 @@ class MoEBlock:
     transport: ExpertTransport
 
     def __call__(self, x: FloatArray) -> FloatArray:
-        """x [rows, hidden] to [rows, hidden]. Collective: a rank without rows takes part with zero."""
+        """x [rows, hidden] to [rows, hidden]. Collective: a rank without rows takes part with zero.
+
+        The shared expert is computed while the tokens are on their way.
+        """
         topk_idx, topk_weights = self.gate(x)
-        recv_x, handle = self.transport.dispatch(x, topk_idx, topk_weights)
+        receive = self.transport.dispatch_async(x, topk_idx, topk_weights)
+        shared = self.shared(x)
+        recv_x, handle = receive()
         y = self.experts(recv_x, handle.num_recv_tokens_per_expert)
         out: FloatArray = self.transport.combine(y, handle).astype(np.float32, copy=False)
-        return self.shared(x) + out
+        return shared + out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,17 +29,24 @@ class MeasuredTransport:
         self.recv_rows: list[int] = []
         self.expert_load: IntArray = np.zeros((layers, num_experts), np.int64)
 
-    def dispatch(
+    def dispatch_async(
         self, x: AnyArray, topk_idx: IntArray, topk_weights: FloatArray
-    ) -> tuple[AnyArray, DispatchHandle]:
-        """Dispatch through the inner transport."""
+    ) -> Callable[[], tuple[AnyArray, DispatchHandle]]:
+        """Dispatch through the inner transport; the time is that of sending and that of receiving."""
         layer = len(self.dispatch_us) % self._layers
         self.expert_load[layer] += np.bincount(topk_idx.ravel(), minlength=self._num_experts)
         start = time.perf_counter()
-        recv_x, handle = self._transport.dispatch(x, topk_idx, topk_weights)
-        self.dispatch_us.append((time.perf_counter() - start) * 1e6)
-        self.recv_rows.append(len(recv_x))
-        return recv_x, handle
+        hook = self._transport.dispatch_async(x, topk_idx, topk_weights)
+        sending = time.perf_counter() - start
+
+        def receive() -> tuple[AnyArray, DispatchHandle]:
+            start = time.perf_counter()
+            recv_x, handle = hook()
+            self.dispatch_us.append((sending + time.perf_counter() - start) * 1e6)
+            self.recv_rows.append(len(recv_x))
+            return recv_x, handle
+
+        return receive
 
     def combine(self, y: AnyArray, handle: DispatchHandle) -> AnyArray:
         """Combine through the inner transport."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from xccl.serving.arrays import AnyArray, FloatArray, IntArray
@@ -18,10 +19,13 @@ class DispatchHandle(Protocol):
 class ExpertTransport(Protocol):
     """The part of ``xccl.ExpertParallel`` that a MoE layer uses."""
 
-    def dispatch(
+    def dispatch_async(
         self, x: AnyArray, topk_idx: IntArray, topk_weights: FloatArray
-    ) -> tuple[AnyArray, DispatchHandle]:
-        """Send tokens to the ranks of their experts; rows arrive sorted by local expert. Collective."""
+    ) -> Callable[[], tuple[AnyArray, DispatchHandle]]:
+        """Send tokens to the ranks of their experts. The hook returns this rank's rows, sorted by local expert.
+
+        Collective.
+        """
 
     def combine(self, y: AnyArray, handle: DispatchHandle) -> AnyArray:
         """Weighted sum of the expert outputs at the rank of each token. Collective."""
