@@ -112,9 +112,9 @@ def _decode_groups(positions: IntArray, slots: IntArray, first: int, num_decode:
     if not len(draft_rows):
         pairs = pairs[:, :1]
     groups = []
-    for value in np.unique(bucket[pairs[:, 0]]):
+    for value in sorted(set(bucket[pairs[:, 0]].tolist())):
         members = pairs[bucket[pairs[:, 0]] == value]
-        context = int(value + 1) * CONTEXT_STEP
+        context = (value + 1) * CONTEXT_STEP
         hidden = np.arange(context) > positions[members][:, :, None]
         mask = np.where(hidden, np.float32(-np.inf), np.float32(0))[:, :, None, :]
         groups.append(DecodeGroup(slots[members[:, 0]], members, context, mask))

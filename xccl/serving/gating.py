@@ -31,6 +31,6 @@ class Gate:
         affinity = np.float32(1) / (np.float32(1) + np.exp(-self.gemm.linear(x, self.weight)))
         order = np.argsort(-(affinity + self.bias), axis=1, kind="stable")
         topk_idx: IntArray = np.ascontiguousarray(order[:, : self.num_topk])
-        weights: FloatArray = np.take_along_axis(affinity, topk_idx, axis=1)
+        weights: FloatArray = affinity[np.arange(len(x))[:, None], topk_idx]
         weights *= np.float32(self.routed_scale) / np.add.reduce(weights, axis=1, keepdims=True)
         return topk_idx, weights
