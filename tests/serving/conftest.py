@@ -8,7 +8,7 @@ from tests.serving.tiny_model import write_model
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a small random model (no tokenizer)."""
+    """Folder with a small random model and a byte tokenizer."""
     return write_model(tmp_path_factory.mktemp("tiny-model"))
 
 

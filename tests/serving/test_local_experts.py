@@ -12,7 +12,10 @@ from xccl.serving.local_experts import LocalExperts
 @pytest.mark.parametrize("quant", [None, "int8"])
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), tokens=st.integers(0, 30), experts=st.integers(1, 9), hidden=st.sampled_from([1, 5, 128])
+    seed=st.integers(0, 10**6),
+    tokens=st.integers(0, 30),
+    experts=st.integers(1, 9),
+    hidden=st.sampled_from([1, 5, 128]),
 )
 def test_bitwise_equal_to_the_oracle(quant, seed, tokens, experts, hidden):
     rng = np.random.default_rng(seed)

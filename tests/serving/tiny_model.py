@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 CONFIG = {
-    "vocab_size": 96,
+    "vocab_size": 257,
     "hidden": 32,
     "num_layers": 3,
     "num_dense_layers": 1,
@@ -29,9 +30,21 @@ CONFIG = {
 }
 
 
+def byte_tokenizer() -> Tokenizer:
+    """Byte-level without merges: a token is a byte, end of text is 0."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(vocab={"<eot>": 0, **{letter: i + 1 for i, letter in enumerate(letters)}}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def write_model(folder: Path, seed: int = 0) -> Path:
-    """Write config.json and model.safetensors with random weights."""
+    """Write a model folder: config.json, model.safetensors with random weights, tokenizer.json."""
     folder.mkdir(parents=True, exist_ok=True)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps(CONFIG))
     save_file(random_tensors(np.random.default_rng(seed)), folder / "model.safetensors")
     return folder

@@ -50,7 +50,7 @@ class PrefillAttention:
         hidden = np.arange(context) > np.arange(chunk.start, chunk.stop)[:, None]
         scores += np.where(hidden, np.float32(-np.inf), np.float32(0))[:, None, :]
         denominator = _exponentiate(scores)
-        mixed = scores.reshape(-1, context) @ keys[:, : self._latent]
+        mixed: FloatArray = scores.reshape(-1, context) @ keys[:, : self._latent]
         mixed /= denominator.reshape(-1, 1)
         return mixed.reshape(chunk.size, self._heads * self._latent)
 
@@ -69,7 +69,7 @@ class DecodeAttention:
         scores = np.matmul(query[group.rows], keys.swapaxes(-1, -2))
         scores += group.mask
         denominator = _exponentiate(scores)
-        mixed = np.matmul(scores, keys[..., : self._latent])
+        mixed: FloatArray = np.matmul(scores, keys[..., : self._latent])
         mixed /= denominator
         return mixed.reshape(*group.rows.shape, self._heads * self._latent)
 

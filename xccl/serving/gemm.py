@@ -50,8 +50,8 @@ class RowGemm:
             x = padded
         if self.tile is None:
             return (x @ w)[:rows]
-        tiles = x.reshape(-1, self.tile, x.shape[1])
-        return np.matmul(tiles, w).reshape(padded_rows, w.shape[1])[:rows]
+        tiles: FloatArray = np.matmul(x.reshape(-1, self.tile, x.shape[1]), w)
+        return tiles.reshape(padded_rows, w.shape[1])[:rows]
 
     def grouped(self, x: FloatArray, counts: Sequence[int], weights: FloatArray, out: FloatArray) -> None:
         """Multiply consecutive groups of rows by one matrix each: the grouped GEMM of a MoE layer.

@@ -50,9 +50,7 @@ class LocalExperts:
             out += handle.topk_weights[:, slot, None] * y[handle.row_of_slot[:, slot]]
         return out
 
-    def _sorted_rows(
-        self, x: AnyArray, topk_idx: IntArray, topk_weights: FloatArray
-    ) -> tuple[FloatArray, LocalHandle]:
+    def _sorted_rows(self, x: AnyArray, topk_idx: IntArray, topk_weights: FloatArray) -> tuple[FloatArray, LocalHandle]:
         num_topk = topk_idx.shape[1]
         flat = topk_idx.ravel()
         order = np.argsort(flat, kind="stable")

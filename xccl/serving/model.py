@@ -71,9 +71,7 @@ class MoEModel:
         """Logits [rows, vocab] of the next token for x [rows, hidden] from :meth:`forward`."""
         return self.gemm.linear(rms_norm(x, self._final_norm, self.config.norm_eps), self._head)
 
-    def mtp_forward(
-        self, x: FloatArray, next_tokens: IntArray, batch: StepBatch, cache: PagedKVCache
-    ) -> FloatArray:
+    def mtp_forward(self, x: FloatArray, next_tokens: IntArray, batch: StepBatch, cache: PagedKVCache) -> FloatArray:
         """Run the multi-token-prediction block on the model's output and the tokens that follow each row.
 
         x [rows, hidden] from :meth:`forward` at positions i, next_tokens [rows] the tokens i + 1.
@@ -95,9 +93,7 @@ class MoEModel:
 class _LayerBuilder:
     """Makes decoder layers from the tensors of a model file."""
 
-    def __init__(
-        self, weights: ModelWeights, transport: ExpertTransport, local_experts: slice, gemm: RowGemm
-    ) -> None:
+    def __init__(self, weights: ModelWeights, transport: ExpertTransport, local_experts: slice, gemm: RowGemm) -> None:
         self._weights = weights
         self._transport = transport
         self._local = local_experts

@@ -7,7 +7,8 @@ from xccl.serving.arrays import FloatArray
 
 def rms_norm(x: FloatArray, weight: FloatArray, eps: float) -> FloatArray:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis."""
-    mean_square = np.add.reduce(x * x, axis=-1, keepdims=True) / np.float32(x.shape[-1])
+    mean_square: FloatArray = np.add.reduce(x * x, axis=-1, keepdims=True)
+    mean_square /= np.float32(x.shape[-1])
     normed: FloatArray = x / np.sqrt(mean_square + np.float32(eps))
     normed *= weight
     return normed

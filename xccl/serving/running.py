@@ -59,7 +59,8 @@ class RunningRequests:
 
     def verifiable(self, slots: IntArray) -> BoolArray:
         """Whether each slot has a draft that could lead to a second token in this step."""
-        return (self.draft[slots] != NO_DRAFT) & (self.length[slots] + 1 < self.limit[slots])
+        verifiable: BoolArray = (self.draft[slots] != NO_DRAFT) & (self.length[slots] + 1 < self.limit[slots])
+        return verifiable
 
     def sampling_batch(self, slots: IntArray, positions: IntArray) -> SamplingBatch:
         """Parameters for choosing the tokens at ``positions`` of ``slots``."""
@@ -73,7 +74,8 @@ class RunningRequests:
     def ended(self, slots: IntArray) -> BoolArray:
         """Whether the last token of each slot ends its request."""
         last = self.tokens[slots, self.length[slots] - 1]
-        return (last == self._eot) | (self.length[slots] >= self.limit[slots])
+        ended: BoolArray = (last == self._eot) | (self.length[slots] >= self.limit[slots])
+        return ended
 
     def finish_reason(self, slot: int) -> FinishReason:
         """Why the request of a slot for which :meth:`ended` is true has ended."""

@@ -80,9 +80,7 @@ class Speculator:
         return batch, source, last_rows, slots
 
 
-def _continuing_chunks(
-    chunks: Sequence[PrefillChunk], ended: frozenset[int]
-) -> tuple[list[PrefillChunk], IntArray]:
+def _continuing_chunks(chunks: Sequence[PrefillChunk], ended: frozenset[int]) -> tuple[list[PrefillChunk], IntArray]:
     """Chunks whose request goes on, and the rows they have in the step's batch."""
     kept = []
     rows = [np.empty(0, np.int64)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from xccl.serving.arrays import AnyArray, FloatArray, IntArray
 
@@ -27,5 +27,5 @@ class ExpertTransport(Protocol):
         Collective.
         """
 
-    def combine(self, y: AnyArray, handle: DispatchHandle) -> AnyArray:
-        """Weighted sum of the expert outputs at the rank of each token. Collective."""
+    def combine(self, y: AnyArray, handle: Any) -> AnyArray:
+        """Weighted sum of the expert outputs at the rank of each token; ``handle`` is the dispatch's. Collective."""

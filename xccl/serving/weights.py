@@ -101,4 +101,5 @@ def _absorb_query(c: ModelConfig, query: FloatArray, kv_down: FloatArray, k_up: 
 def _absorb_output(c: ModelConfig, v_up: FloatArray, output: FloatArray) -> FloatArray:
     v_heads = v_up.reshape(c.kv_latent, c.num_heads, c.v_dim)
     o_heads = output.reshape(c.num_heads, c.v_dim, c.hidden)
-    return np.einsum("lhv,hvd->hld", v_heads, o_heads).reshape(c.num_heads * c.kv_latent, c.hidden)
+    absorbed: FloatArray = np.einsum("lhv,hvd->hld", v_heads, o_heads)
+    return absorbed.reshape(c.num_heads * c.kv_latent, c.hidden)
