@@ -6,7 +6,7 @@ import argparse
 import sys
 
 import xccl
-from xccl import cli_run
+from xccl import cli_run, cli_serve
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,6 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"xccl {xccl.__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     cli_run.add_parser(subparsers)
+    cli_serve.add_parser(subparsers)
     return parser
 
 
