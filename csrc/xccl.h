@@ -333,4 +333,60 @@ int xccl_moe_combine_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *out,
 /* Frees a handle, NULL too; not while its dispatch or combine is in flight. The group may be closed already. */
 void xccl_moe_handle_free(xccl_moe_handle_t *handle);
 
+/* ---- coll: collectives --------------------------------------------------------------------------------- */
+
+/* Types of elements. BYTES stands for any other type: it is moved, but not reduced. */
+typedef enum xccl_dtype_t {
+    XCCL_FLOAT32 = 0, XCCL_FLOAT16 = 1, XCCL_BFLOAT16 = 2, XCCL_FLOAT64 = 3, XCCL_BOOL = 4,
+    XCCL_INT8 = 5, XCCL_INT16 = 6, XCCL_INT32 = 7, XCCL_INT64 = 8,
+    XCCL_UINT8 = 9, XCCL_UINT16 = 10, XCCL_UINT32 = 11, XCCL_UINT64 = 12,
+    XCCL_COMPLEX64 = 13, XCCL_COMPLEX128 = 14, XCCL_BYTES = 15
+} xccl_dtype_t;
+
+/* How elements are reduced: over the members 0, 1, ... in this order, so the result has the same bits on every
+ * rank, on every run and for every algorithm. Integers wrap. float16 and bfloat16 are accumulated in float32
+ * and rounded once, to nearest even. min and max give NaN if any element is NaN. BOOL has min and max only. */
+typedef enum xccl_reduce_op_t { XCCL_SUM = 0, XCCL_MIN = 1, XCCL_MAX = 2, XCCL_PROD = 3 } xccl_reduce_op_t;
+
+/* All functions here are collective. Members must agree on the operation, sizes, dtype, reduction and root; a
+ * rank that differs is named in a USAGE error, and the communicator is unusable from then on.
+ * Any contiguous memory serves. Symmetric memory is read in place by the peers: it saves a copy. Buffers must
+ * not overlap unless a function says so. On return the buffers are the caller's again. */
+
+/* Returns when every member has called it; all that a member wrote before is visible then. */
+int xccl_coll_barrier(xccl_comm_t *comm, int64_t timeout_ns);
+
+/* Copies `bytes` bytes of `data` of member `root` to `out` of every member. `data` is read on the root only, and may
+ * be `out` there. */
+int xccl_coll_broadcast(xccl_comm_t *comm, const void *data, uint64_t bytes, xccl_dtype_t dtype, int root,
+                        int64_t timeout_ns, void *out);
+
+/* out[pe] = x of pe; x has `bytes` bytes. x may be this rank's part of out. */
+int xccl_coll_all_gather(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_dtype_t dtype,
+                         int64_t timeout_ns, void *out);
+
+/* out = the reduction of x over all members; `count` elements. x may be out. */
+int xccl_coll_all_reduce(xccl_comm_t *comm, const void *x, uint64_t count, xccl_dtype_t dtype,
+                         xccl_reduce_op_t op, int64_t timeout_ns, void *out);
+
+/* x has size * `count` elements; out = part `rank` of the reduction of x over all members. */
+int xccl_coll_reduce_scatter(xccl_comm_t *comm, const void *x, uint64_t count, xccl_dtype_t dtype,
+                             xccl_reduce_op_t op, int64_t timeout_ns, void *out);
+
+/* x has one part of `bytes` bytes for each member; out[pe] = the part that pe has for this rank. */
+int xccl_coll_all_to_all(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_dtype_t dtype,
+                         int64_t timeout_ns, void *out);
+
+/* As all_to_all, with send_bytes[pe] bytes for each member and recv_bytes[pe] from each; the parts lie in member
+ * order without gaps. `row_bytes` divides all of them and must be equal on all members. */
+int xccl_coll_all_to_all_v(xccl_comm_t *comm, const void *x, const uint64_t *send_bytes, uint64_t row_bytes,
+                           xccl_dtype_t dtype, const uint64_t *recv_bytes, int64_t timeout_ns, void *out);
+
+/* all_to_all_v in two calls, for a receiver that does not know what it gets: begin sets recv_bytes[0..size-1];
+ * finish delivers to `out`. Members may mix this with the one call. x must stay unchanged and no other collective
+ * may start on the communicator in between. */
+int xccl_coll_all_to_all_v_begin(xccl_comm_t *comm, const void *x, const uint64_t *send_bytes, uint64_t row_bytes,
+                                 xccl_dtype_t dtype, int64_t timeout_ns, uint64_t *recv_bytes);
+int xccl_coll_all_to_all_v_finish(xccl_comm_t *comm, int64_t timeout_ns, void *out);
+
 #endif /* XCCL_H */

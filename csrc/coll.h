@@ -1,0 +1,225 @@
+/* coll.h - collectives (coll layer; internal part).
+ *
+ * Every collective is an exchange: each member sends a message to some of the others (coll_exchange.c), and what
+ * arrives is copied (coll.c) or reduced (coll_reduce.c). All state belongs to one communicator.
+ *
+ * A message starts with a header in the receiver's inbox. Inline, the payload comes with it: one line moves for
+ * up to 40 bytes, nobody answers. Otherwise the header says where the receiver can read the payload: at once in the
+ * sender's symmetric array, or chunk by chunk in the sender's two staging blocks. The receiver reads once, straight
+ * to the place where the user wants it, and counts what it has taken at the sender.
+ *
+ * Per communicator and member, in every window:
+ *
+ *   META     | inbox: member 0: slot 0, slot 1 | member 1: ... | counters: 64-byte lines, see xccl_coll_counter_t |
+ *   MANAGED  | staging block 0 | staging block 1 |
+ */
+#ifndef XCCL_COLL_H
+#define XCCL_COLL_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "comm.h"
+#include "gas.h"
+#include "layers.h"
+
+/* Passes an error on. */
+#define TRY(call)                                                                                                      \
+    do {                                                                                                               \
+        int try_status = (call);                                                                                       \
+        if (try_status < 0)                                                                                            \
+            return try_status;                                                                                         \
+    } while (0)
+
+enum {
+    XCCL_COLL_HEADER_PAYLOAD = 40,          /* bytes of payload in the header's own line */
+    XCCL_COLL_INLINE_BYTES = 4096,          /* longest inline message, fewer with very many members */
+    XCCL_COLL_INBOX_BYTES = 2 << 20,        /* upper bound for the inbox of a rank, as far as one line a slot allows */
+    XCCL_COLL_IN_PLACE_BYTES = 64 << 10,    /* shorter messages are staged even from symmetric memory: staging does
+                                               not wait for the receivers */
+    XCCL_COLL_CHANNELS = 2                  /* 0: messages, 1: results of all_reduce */
+};
+
+/* How a message travels; part of the signature that may differ between members. */
+enum {
+    XCCL_COLL_INLINE = 0,
+    XCCL_COLL_STAGED = 1,
+    XCCL_COLL_IN_PLACE = 2,
+    XCCL_COLL_REFUSED = 3,         /* no message: the sender found that the members do not agree */
+    XCCL_COLL_RESULT_IN_PLACE = 4, /* flag: the sender's part of the result is read in its symmetric `out` */
+    XCCL_COLL_MODE_MASK = 7
+};
+
+/*   header, the first line of a slot
+ *   0       8           16      24          40          56      64
+ *   | epoch | signature | bytes | offset[2] | result[2] | chunk |                                staged, in place
+ *   | epoch | signature | bytes | payload up to 40 bytes        | or here if it is longer ...    inline
+ *
+ * epoch is written last with release order and read first with acquire order: it publishes the whole slot.
+ *
+ * Why a slot may be overwritten: messages to one receiver alternate between its two slots. Before message m the
+ * sender knows that the receiver has finished the operation of message m-2 (claim_slot): either it has received
+ * a message of a later operation from it (heard > epoch of m-2), or the receiver has taken a unit that was
+ * counted after m-2 was sent. When everybody hears from everybody the first holds without waiting: the sender
+ * has finished the operation of m-1, so it heard from the receiver there, so the receiver had finished that of m-2.
+ * broadcast does not answer, so there even inline messages are counted as taken. */
+typedef struct xccl_coll_header_t {
+    _Alignas(64) _Atomic uint64_t epoch;
+    uint64_t signature;
+    uint64_t bytes;
+    union {
+        struct {
+            uint64_t offset[2]; /* staged: of the even and the odd chunks; in place: [0] of the message */
+            uint64_t result[2]; /* all_reduce, likewise */
+            uint64_t chunk;     /* bytes of a staged chunk */
+        };
+        unsigned char payload[XCCL_COLL_HEADER_PAYLOAD];
+    };
+} xccl_coll_header_t;
+_Static_assert(sizeof(xccl_coll_header_t) == XCCL_LINE, "a header is one line");
+
+/* Lines per (channel, peer) in the own window. Each has one writer, the peer, and only grows. */
+typedef enum xccl_coll_counter_t {
+    XCCL_COLL_READY = 0, /* units that the peer has published to this rank */
+    XCCL_COLL_TAKEN = 1, /* units of this rank that the peer has taken */
+    XCCL_COLL_COUNTERS = 2
+} xccl_coll_counter_t;
+
+/* What this rank knows of one member; `unit` counts are cumulative per channel. */
+typedef struct xccl_coll_peer_t {
+    uint64_t sent, received;       /* messages; the parity names the slot */
+    uint64_t slot_epoch[2];        /* of the last message in each of its slots */
+    uint64_t slot_units[2];        /* units counted before that message */
+    uint64_t seen_epoch[2];        /* last one read from its slots here */
+    uint64_t heard;                /* the peer has begun this epoch, so it has finished all before */
+    uint64_t units[XCCL_COLL_CHANNELS];    /* published to the peer */
+    uint64_t taken[XCCL_COLL_CHANNELS];    /* taken from the peer */
+    uint64_t block_units[2][XCCL_COLL_CHANNELS]; /* last unit that lies in each staging block */
+
+    /* the messages of the current operation */
+    const unsigned char *out;
+    uint64_t out_bytes;
+    unsigned char *in;
+    uint64_t in_bytes, in_done;
+    int in_mode;
+    uint64_t in_offset[2], in_result[2], in_chunk; /* from the header: its slot may be reused once the last unit is taken */
+} xccl_coll_peer_t;
+
+typedef struct xccl_coll_t {
+    xccl_comm_t *comm;
+    xccl_world_t *world;
+    int rank, size;
+    uint64_t inbox, counters, staging; /* window offsets of the parts */
+    uint64_t inline_bytes;             /* payload of a slot */
+    uint64_t block_bytes;
+    uint64_t committed_bytes; /* of each staging block */
+    uint64_t next_block;      /* blocks used so far; the parity names the block */
+    int *order;               /* the other members, nearest first: spreads the load */
+    xccl_coll_peer_t *peers;
+
+    /* the current operation */
+    uint64_t epoch; /* counts operations of the communicator; never reset */
+    uint64_t signature;
+    int64_t deadline;
+    const unsigned char *x;
+    bool shared;       /* every peer gets all of x */
+    bool x_in_place;   /* peers read long messages in x, which is symmetric */
+    bool result_in_place; /* all_reduce: peers read this rank's part of the result in `out` */
+    bool uses_blocks;  /* something is staged */
+    bool any_size;     /* the headers tell the sizes: all_to_all_v_begin */
+    bool unfinished;   /* between all_to_all_v_begin and _finish */
+    uint64_t x_offset; /* of x in the window, if x_in_place; likewise result_offset */
+    uint64_t result_offset;
+    uint64_t chunk_bytes; /* of a staged message */
+    uint64_t first_block; /* next_block when the operation began */
+} xccl_coll_t;
+
+/* ---- coll.c ---- */
+
+/* Starts an operation: checks the communicator, counts the epoch, sets signature and deadline. `param` is what else
+ * must agree: the root, or the bytes of a row. */
+int xccl_coll_begin(xccl_comm_t *comm, xccl_op_t op, int reduce, xccl_dtype_t dtype, uint64_t param,
+                    int64_t timeout_ns);
+
+/* USAGE if [x, x+x_bytes) and [out, out+out_bytes) overlap. */
+int xccl_coll_check_apart(const xccl_comm_t *comm, xccl_op_t op, const void *x, uint64_t x_bytes, const void *out,
+                          uint64_t out_bytes);
+
+/* ---- coll_signature.c ---- */
+
+/* The low bits are left for the mode. */
+uint64_t xccl_coll_signature(xccl_op_t op, int reduce, xccl_dtype_t dtype, uint64_t param);
+
+/* True if the header is of this operation and as long as expected from member `pe`. */
+bool xccl_coll_agrees(const xccl_coll_t *coll, int pe, const xccl_coll_header_t *header);
+
+/* Describes how member `pe` differs; returns USAGE. */
+int xccl_coll_fail_mismatch(const xccl_coll_t *coll, int pe, const xccl_coll_header_t *header);
+
+/* ---- coll_wait.c ---- */
+
+/* The next header from `pe`, come or not. */
+const xccl_coll_header_t *xccl_coll_header(const xccl_coll_t *coll, int pe);
+
+/* Counter of `peer` in the window of any member. */
+uint64_t xccl_coll_counter_offset(const xccl_coll_t *coll, xccl_coll_counter_t counter, int channel, int peer);
+
+/* Waits for the next header of each of `count` members and checks that it agrees. */
+int xccl_coll_receive_headers(xccl_coll_t *coll, const int *members, int count);
+
+/* True if chunk-wise messages from `pe` have their next unit on `channel`. */
+bool xccl_coll_unit_ready(const xccl_coll_t *coll, int pe, int channel);
+
+/* Waits for the next unit of every other member on `channel`. */
+int xccl_coll_await_units(xccl_coll_t *coll, int channel);
+
+/* Waits until all members have taken all units: what they read is the user's again. */
+int xccl_coll_await_taken(xccl_coll_t *coll);
+
+/* True if the last contents of the next staging block have been taken by all. */
+bool xccl_coll_block_free(const xccl_coll_t *coll);
+int xccl_coll_await_block(xccl_coll_t *coll);
+
+/* Waits until something can be moved: see xccl_coll_deliver. */
+int xccl_coll_await_movable(xccl_coll_t *coll, bool chunks_left);
+
+/* True if there is something to copy from `pe` now. */
+bool xccl_coll_can_take(const xccl_coll_t *coll, int pe);
+
+/* Waits until member `pe` has taken more than `units` units of channel 0. */
+int xccl_coll_await_slot(xccl_coll_t *coll, int pe, uint64_t units);
+
+/* ---- coll_exchange.c ---- */
+
+/* Slot `parity` for messages from `source`, in the window of any member. */
+uint64_t xccl_coll_slot_offset(const xccl_coll_t *coll, int source, int parity);
+
+/* Says what is sent: `x` with x_bytes bytes in all. Messages too long for a slot are read in x if it is symmetric
+ * and they have at least XCCL_COLL_IN_PLACE_BYTES, and staged in chunks otherwise. */
+void xccl_coll_set_source(xccl_coll_t *coll, const void *x, uint64_t x_bytes, uint64_t message_bytes, bool shared);
+
+/* Sends the header of every message in peers[].out, with the first chunk of staged ones. */
+int xccl_coll_send_first(xccl_coll_t *coll);
+
+/* Stages chunk k > 0 of every message that has one. */
+int xccl_coll_send_chunk(xccl_coll_t *coll, uint64_t k);
+
+/* Chunks of the longest staged message. */
+uint64_t xccl_coll_chunks_to_send(const xccl_coll_t *coll);
+
+/* Tells the members that wait for this rank that it found a mismatch. */
+void xccl_coll_refuse(xccl_coll_t *coll);
+
+/* Publishes one more unit to `pe`; `in_block`: it lies in staging block `block`. */
+void xccl_coll_publish(xccl_coll_t *coll, int pe, int channel, bool in_block, int block);
+
+/* Counts one more unit as taken from `pe`, and tells it. */
+void xccl_coll_take(xccl_coll_t *coll, int pe, int channel);
+
+/* Copies everything that the peers send to peers[].in, sending the own further chunks meanwhile. */
+int xccl_coll_deliver(xccl_coll_t *coll);
+
+/* Address of byte `at` of the message from `pe`; its chunk must be there. */
+const unsigned char *xccl_coll_message_at(const xccl_coll_t *coll, int pe, uint64_t at);
+
+#endif

@@ -1,0 +1,287 @@
+/* coll_wait.c - everything that a collective waits for. */
+#include "coll.h"
+
+#include "status.h"
+
+const xccl_coll_header_t *xccl_coll_header(const xccl_coll_t *coll, int pe) {
+    uint64_t offset = xccl_coll_slot_offset(coll, pe, coll->peers[pe].received & 1);
+    return xccl_gas_at(coll->world, coll->world->rank, offset);
+}
+
+uint64_t xccl_coll_counter_offset(const xccl_coll_t *coll, xccl_coll_counter_t counter, int channel, int peer) {
+    uint64_t line = ((uint64_t)channel * XCCL_COLL_COUNTERS + counter) * coll->size + peer;
+    return coll->counters + line * sizeof(xccl_signal_line_t);
+}
+
+static uint64_t counter(const xccl_coll_t *coll, xccl_coll_counter_t which, int channel, int pe) {
+    const xccl_signal_line_t *line =
+        xccl_gas_at(coll->world, coll->world->rank, xccl_coll_counter_offset(coll, which, channel, pe));
+    /* acquire pairs with the release of the peer's signal: READY shows the chunk; TAKEN shows that its reads are over */
+    return xccl_gas_load(&line->value);
+}
+
+/* A header that has come and has not been received; the acquire shows its whole slot. */
+static bool has_come(const xccl_coll_t *coll, int pe) {
+    const xccl_coll_peer_t *peer = &coll->peers[pe];
+    return xccl_gas_load(&xccl_coll_header(coll, pe)->epoch) != peer->seen_epoch[peer->received & 1];
+}
+
+/* `pe` gave this operation up instead of answering. */
+static bool has_refused(const xccl_coll_t *coll, int pe) {
+    const xccl_coll_header_t *header = xccl_coll_header(coll, pe);
+    return has_come(coll, pe) && (header->signature & XCCL_COLL_MODE_MASK) == XCCL_COLL_REFUSED;
+}
+
+/* ---- headers ---- */
+
+typedef struct headers_t {
+    xccl_coll_t *coll;
+    const int *members;
+    int count;
+    int next; /* all before it have come and agree */
+} headers_t;
+
+static bool headers_ready(void *arg) {
+    headers_t *wait = arg;
+    for (; wait->next < wait->count; wait->next++) {
+        int pe = wait->members[wait->next];
+        if (!has_come(wait->coll, pe))
+            return false;
+        if (!xccl_coll_agrees(wait->coll, pe, xccl_coll_header(wait->coll, pe)))
+            return true;
+    }
+    return true;
+}
+
+static bool headers_awaited(void *arg, int index, xccl_awaited_t *out) {
+    const headers_t *wait = arg;
+    const xccl_coll_t *coll = wait->coll;
+    for (int i = wait->next; i < wait->count; i++) {
+        int pe = wait->members[i];
+        if (has_come(coll, pe) || index-- > 0)
+            continue;
+        uint64_t seen = coll->peers[pe].seen_epoch[coll->peers[pe].received & 1];
+        *out = (xccl_awaited_t){coll->comm->ranks[pe], coll->epoch, seen, "message of the collective"};
+        return true;
+    }
+    return false;
+}
+
+static void accept(xccl_coll_t *coll, int pe) {
+    xccl_coll_peer_t *peer = &coll->peers[pe];
+    const xccl_coll_header_t *header = xccl_coll_header(coll, pe);
+    peer->in_mode = header->signature & XCCL_COLL_MODE_MASK;
+    peer->in_bytes = header->bytes;
+    peer->in_done = 0;
+    memcpy(peer->in_offset, header->offset, sizeof peer->in_offset);
+    memcpy(peer->in_result, header->result, sizeof peer->in_result);
+    peer->in_chunk = header->chunk;
+    peer->seen_epoch[peer->received & 1] = coll->epoch;
+    peer->received++;
+    peer->heard = coll->epoch;
+}
+
+int xccl_coll_receive_headers(xccl_coll_t *coll, const int *members, int count) {
+    headers_t wait = {coll, members, count, 0};
+    if (!headers_ready(&wait)) {
+        int status = xccl_wait(coll->world, &(xccl_wait_t){headers_ready, headers_awaited, &wait}, coll->deadline);
+        if (status < 0)
+            return status;
+    }
+    if (wait.next < count) {
+        int pe = members[wait.next];
+        int status = xccl_coll_fail_mismatch(coll, pe, xccl_coll_header(coll, pe));
+        xccl_coll_refuse(coll);
+        return status;
+    }
+    for (int i = 0; i < count; i++)
+        accept(coll, members[i]);
+    return XCCL_OK;
+}
+
+/* ---- units: what the peers have published ---- */
+
+bool xccl_coll_unit_ready(const xccl_coll_t *coll, int pe, int channel) {
+    return counter(coll, XCCL_COLL_READY, channel, pe) > coll->peers[pe].taken[channel];
+}
+
+typedef struct units_t {
+    const xccl_coll_t *coll;
+    int channel;
+    int next;
+} units_t;
+
+static bool unit_missing(const xccl_coll_t *coll, int pe, int channel) {
+    bool once = channel == 0 && (coll->peers[pe].in_mode & XCCL_COLL_STAGED) == 0;
+    return !once && !xccl_coll_unit_ready(coll, pe, channel);
+}
+
+static bool units_ready(void *arg) {
+    units_t *wait = arg;
+    while (wait->next < wait->coll->size - 1 &&
+           !unit_missing(wait->coll, wait->coll->order[wait->next], wait->channel))
+        wait->next++;
+    return wait->next == wait->coll->size - 1;
+}
+
+static bool units_awaited(void *arg, int index, xccl_awaited_t *out) {
+    const units_t *wait = arg;
+    const xccl_coll_t *coll = wait->coll;
+    for (int i = wait->next; i < coll->size - 1; i++) {
+        int pe = coll->order[i];
+        if (!unit_missing(coll, pe, wait->channel) || index-- > 0)
+            continue;
+        uint64_t taken = coll->peers[pe].taken[wait->channel];
+        *out = (xccl_awaited_t){coll->comm->ranks[pe], taken + 1, taken,
+                                wait->channel == 0 ? "chunk of the message" : "part of the result"};
+        return true;
+    }
+    return false;
+}
+
+int xccl_coll_await_units(xccl_coll_t *coll, int channel) {
+    units_t wait = {coll, channel, 0};
+    return xccl_wait(coll->world, &(xccl_wait_t){units_ready, units_awaited, &wait}, coll->deadline);
+}
+
+/* ---- taken: what the peers have read ---- */
+
+typedef enum limit_t { LIMIT_ALL, LIMIT_BLOCK, LIMIT_SLOT } limit_t;
+
+/* Waits until each member has taken as much as `limit` says. */
+typedef struct taken_t {
+    const xccl_coll_t *coll;
+    limit_t limit;
+    int only;       /* LIMIT_SLOT: the member */
+    uint64_t units; /* LIMIT_SLOT: one more than these */
+    int refused;    /* a member that gave the operation up, -1: none */
+} taken_t;
+
+static uint64_t units_needed(const taken_t *wait, int pe, int channel) {
+    const xccl_coll_peer_t *peer = &wait->coll->peers[pe];
+    switch (wait->limit) {
+    case LIMIT_ALL:
+        return peer->units[channel];
+    case LIMIT_BLOCK:
+        return peer->block_units[wait->coll->next_block & 1][channel];
+    default:
+        return pe == wait->only && channel == 0 ? wait->units + 1 : 0;
+    }
+}
+
+static bool all_taken(const taken_t *wait, int pe) {
+    for (int channel = 0; channel < XCCL_COLL_CHANNELS; channel++)
+        if (counter(wait->coll, XCCL_COLL_TAKEN, channel, pe) < units_needed(wait, pe, channel))
+            return false;
+    return true;
+}
+
+static bool taken_ready(void *arg) {
+    taken_t *wait = arg;
+    bool ready = true;
+    for (int i = 0; i < wait->coll->size - 1; i++) {
+        int pe = wait->coll->order[i];
+        if (all_taken(wait, pe))
+            continue;
+        ready = false;
+        if (has_refused(wait->coll, pe)) {
+            wait->refused = pe;
+            return true;
+        }
+    }
+    return ready;
+}
+
+static bool taken_awaited(void *arg, int index, xccl_awaited_t *out) {
+    const taken_t *wait = arg;
+    const xccl_coll_t *coll = wait->coll;
+    for (int i = 0; i < coll->size - 1; i++) {
+        int pe = coll->order[i];
+        for (int channel = 0; channel < XCCL_COLL_CHANNELS; channel++) {
+            uint64_t needed = units_needed(wait, pe, channel);
+            uint64_t seen = counter(coll, XCCL_COLL_TAKEN, channel, pe);
+            if (seen >= needed || index-- > 0)
+                continue;
+            *out = (xccl_awaited_t){coll->comm->ranks[pe], needed, seen, "acknowledged chunks"};
+            return true;
+        }
+    }
+    return false;
+}
+
+static int await_taken(xccl_coll_t *coll, taken_t *wait) {
+    int status = xccl_wait(coll->world, &(xccl_wait_t){taken_ready, taken_awaited, wait}, coll->deadline);
+    if (status < 0 || wait->refused < 0)
+        return status;
+    status = xccl_coll_fail_mismatch(coll, wait->refused, xccl_coll_header(coll, wait->refused));
+    xccl_coll_refuse(coll);
+    return status;
+}
+
+int xccl_coll_await_taken(xccl_coll_t *coll) {
+    return await_taken(coll, &(taken_t){coll, LIMIT_ALL, -1, 0, -1});
+}
+
+int xccl_coll_await_slot(xccl_coll_t *coll, int pe, uint64_t units) {
+    if (counter(coll, XCCL_COLL_TAKEN, 0, pe) > units)
+        return XCCL_OK;
+    return await_taken(coll, &(taken_t){coll, LIMIT_SLOT, pe, units, -1});
+}
+
+bool xccl_coll_block_free(const xccl_coll_t *coll) {
+    taken_t wait = {coll, LIMIT_BLOCK, -1, 0, -1};
+    for (int i = 0; i < coll->size - 1; i++)
+        if (!all_taken(&wait, coll->order[i]))
+            return false;
+    return true;
+}
+
+int xccl_coll_await_block(xccl_coll_t *coll) {
+    if (xccl_coll_block_free(coll))
+        return XCCL_OK;
+    return await_taken(coll, &(taken_t){coll, LIMIT_BLOCK, -1, 0, -1});
+}
+
+/* ---- movable: something to copy, in or out ---- */
+
+typedef struct movable_t {
+    const xccl_coll_t *coll;
+    bool chunks_left;
+} movable_t;
+
+bool xccl_coll_can_take(const xccl_coll_t *coll, int pe) {
+    const xccl_coll_peer_t *peer = &coll->peers[pe];
+    if (peer->in_done == peer->in_bytes)
+        return false;
+    return peer->in_done == 0 || xccl_coll_unit_ready(coll, pe, 0);
+}
+
+static bool movable_ready(void *arg) {
+    const movable_t *wait = arg;
+    if (wait->chunks_left && xccl_coll_block_free(wait->coll))
+        return true;
+    for (int i = 0; i < wait->coll->size - 1; i++)
+        if (xccl_coll_can_take(wait->coll, wait->coll->order[i]))
+            return true;
+    return false;
+}
+
+static bool movable_awaited(void *arg, int index, xccl_awaited_t *out) {
+    const movable_t *wait = arg;
+    const xccl_coll_t *coll = wait->coll;
+    for (int i = 0; i < coll->size - 1; i++) {
+        int pe = coll->order[i];
+        const xccl_coll_peer_t *peer = &coll->peers[pe];
+        if (peer->in_done == peer->in_bytes || index-- > 0)
+            continue;
+        *out = (xccl_awaited_t){coll->comm->ranks[pe], peer->in_bytes, peer->in_done, "bytes of the message"};
+        return true;
+    }
+    taken_t block = {coll, LIMIT_BLOCK, -1, 0, -1};
+    return wait->chunks_left && taken_awaited(&block, index, out);
+}
+
+int xccl_coll_await_movable(xccl_coll_t *coll, bool chunks_left) {
+    movable_t wait = {coll, chunks_left};
+    return xccl_wait(coll->world, &(xccl_wait_t){movable_ready, movable_awaited, &wait}, coll->deadline);
+}
