@@ -29,7 +29,9 @@ static xccl_coll_t *create(xccl_comm_t *comm) {
     coll->size = comm->size;
     coll->order = calloc((size_t)comm->size, sizeof *coll->order);
     coll->peers = calloc((size_t)comm->size, sizeof *coll->peers);
-    if (coll->order == NULL || coll->peers == NULL) {
+    coll->sources = calloc((size_t)comm->size, sizeof *coll->sources);
+    if (coll->order == NULL || coll->peers == NULL || coll->sources == NULL) {
+        free(coll->sources);
         free(coll->order);
         free(coll->peers);
         free(coll);
@@ -76,6 +78,7 @@ int xccl_coll_close(xccl_comm_t *comm, int64_t deadline) {
 void xccl_coll_discard(xccl_comm_t *comm) {
     if (comm->coll == NULL)
         return;
+    free(comm->coll->sources);
     free(comm->coll->order);
     free(comm->coll->peers);
     free(comm->coll);
@@ -110,8 +113,7 @@ int xccl_coll_check_apart(const xccl_comm_t *comm, xccl_op_t op, const void *x, 
     return xccl_fail(XCCL_ERR_USAGE,
                      "%s on rank %d: the %llu bytes of the input at %p overlap the %llu bytes of the output at %p; "
                      "give an output of its own",
-                     xccl_op_name(op), comm->rank, (unsigned long long)x_bytes, x, (unsigned long long)out_bytes,
-                     out);
+                     xccl_op_name(op), comm->rank, (unsigned long long)x_bytes, x, (unsigned long long)out_bytes, out);
 }
 
 /* ---- exchanges ---- */
@@ -149,8 +151,8 @@ int xccl_coll_barrier(xccl_comm_t *comm, int64_t timeout_ns) {
     return xccl_comm_settle(comm, exchange(comm->coll));
 }
 
-int xccl_coll_all_gather(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_dtype_t dtype,
-                         int64_t timeout_ns, void *out) {
+int xccl_coll_all_gather(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_dtype_t dtype, int64_t timeout_ns,
+                         void *out) {
     if (x != (unsigned char *)out + (uint64_t)comm->rank * bytes)
         TRY(xccl_coll_check_apart(comm, XCCL_OP_ALL_GATHER, x, bytes, out, (uint64_t)comm->size * bytes));
     TRY(xccl_coll_begin(comm, XCCL_OP_ALL_GATHER, 0, dtype, 0, timeout_ns));
@@ -158,8 +160,8 @@ int xccl_coll_all_gather(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_
     return xccl_comm_settle(comm, exchange(comm->coll));
 }
 
-int xccl_coll_all_to_all(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_dtype_t dtype,
-                         int64_t timeout_ns, void *out) {
+int xccl_coll_all_to_all(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_dtype_t dtype, int64_t timeout_ns,
+                         void *out) {
     uint64_t total = (uint64_t)comm->size * bytes;
     TRY(xccl_coll_check_apart(comm, XCCL_OP_ALL_TO_ALL, x, total, out, total));
     TRY(xccl_coll_begin(comm, XCCL_OP_ALL_TO_ALL, 0, dtype, 0, timeout_ns));
@@ -215,8 +217,9 @@ int xccl_coll_broadcast(xccl_comm_t *comm, const void *data, uint64_t bytes, xcc
 static int check_rows(const xccl_comm_t *comm, const char *name, const uint64_t *bytes, uint64_t row_bytes) {
     for (int pe = 0; pe < comm->size; pe++)
         if (row_bytes == 0 ? bytes[pe] != 0 : bytes[pe] % row_bytes != 0)
-            return xccl_fail(XCCL_ERR_USAGE, "all_to_all_v on rank %d: %s[%d] is %llu, not a multiple of row_bytes %llu",
-                             comm->rank, name, pe, (unsigned long long)bytes[pe], (unsigned long long)row_bytes);
+            return xccl_fail(XCCL_ERR_USAGE,
+                             "all_to_all_v on rank %d: %s[%d] is %llu, not a multiple of row_bytes %llu", comm->rank,
+                             name, pe, (unsigned long long)bytes[pe], (unsigned long long)row_bytes);
     return XCCL_OK;
 }
 
@@ -267,10 +270,9 @@ int xccl_coll_all_to_all_v(xccl_comm_t *comm, const void *x, const uint64_t *sen
     TRY(xccl_coll_check_apart(comm, XCCL_OP_ALL_TO_ALL_V, x, sum(send_bytes, comm->size), out,
                               sum(recv_bytes, comm->size)));
     if (send_bytes[comm->rank] != recv_bytes[comm->rank])
-        return xccl_fail(XCCL_ERR_USAGE,
-                         "all_to_all_v on rank %d: it sends %llu bytes to itself and expects %llu from itself",
-                         comm->rank, (unsigned long long)send_bytes[comm->rank],
-                         (unsigned long long)recv_bytes[comm->rank]);
+        return xccl_fail(
+            XCCL_ERR_USAGE, "all_to_all_v on rank %d: it sends %llu bytes to itself and expects %llu from itself",
+            comm->rank, (unsigned long long)send_bytes[comm->rank], (unsigned long long)recv_bytes[comm->rank]);
     TRY(xccl_coll_begin(comm, XCCL_OP_ALL_TO_ALL_V, 0, dtype, row_bytes, timeout_ns));
     for (int pe = 0; pe < comm->size; pe++)
         coll->peers[pe].in_bytes = recv_bytes[pe];
@@ -292,6 +294,15 @@ int xccl_coll_all_to_all_v_begin(xccl_comm_t *comm, const void *x, const uint64_
     return XCCL_OK;
 }
 
+static int check_apart_v(const xccl_comm_t *comm, const void *out) {
+    uint64_t sent = 0, received = 0;
+    for (int pe = 0; pe < comm->size; pe++) {
+        sent += comm->coll->peers[pe].out_bytes;
+        received += comm->coll->peers[pe].in_bytes;
+    }
+    return xccl_coll_check_apart(comm, XCCL_OP_ALL_TO_ALL_V, comm->coll->x, sent, out, received);
+}
+
 int xccl_coll_all_to_all_v_finish(xccl_comm_t *comm, int64_t timeout_ns, void *out) {
     TRY(xccl_comm_check(comm));
     xccl_coll_t *coll = comm->coll;
@@ -299,5 +310,6 @@ int xccl_coll_all_to_all_v_finish(xccl_comm_t *comm, int64_t timeout_ns, void *o
         return xccl_fail(XCCL_ERR_USAGE, "all_to_all_v_finish on rank %d: nothing was begun", comm->rank);
     coll->unfinished = false;
     coll->deadline = xccl_deadline(comm->world, timeout_ns);
-    return xccl_comm_settle(comm, finish_v(coll, out));
+    int status = check_apart_v(comm, out);
+    return xccl_comm_settle(comm, status < 0 ? status : finish_v(coll, out));
 }

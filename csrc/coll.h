@@ -32,12 +32,12 @@
     } while (0)
 
 enum {
-    XCCL_COLL_HEADER_PAYLOAD = 40,          /* bytes of payload in the header's own line */
-    XCCL_COLL_INLINE_BYTES = 4096,          /* longest inline message, fewer with very many members */
-    XCCL_COLL_INBOX_BYTES = 2 << 20,        /* upper bound for the inbox of a rank, as far as one line a slot allows */
-    XCCL_COLL_IN_PLACE_BYTES = 64 << 10,    /* shorter messages are staged even from symmetric memory: staging does
-                                               not wait for the receivers */
-    XCCL_COLL_CHANNELS = 2                  /* 0: messages, 1: results of all_reduce */
+    XCCL_COLL_HEADER_PAYLOAD = 40,       /* bytes of payload in the header's own line */
+    XCCL_COLL_INLINE_BYTES = 4096,       /* longest inline message, fewer with very many members */
+    XCCL_COLL_INBOX_BYTES = 2 << 20,     /* upper bound for the inbox of a rank, as far as one line a slot allows */
+    XCCL_COLL_IN_PLACE_BYTES = 64 << 10, /* shorter messages are staged even from symmetric memory: staging does
+                                            not wait for the receivers */
+    XCCL_COLL_CHANNELS = 2               /* 0: messages, 1: results of all_reduce */
 };
 
 /* How a message travels; part of the signature that may differ between members. */
@@ -87,13 +87,13 @@ typedef enum xccl_coll_counter_t {
 
 /* What this rank knows of one member; `unit` counts are cumulative per channel. */
 typedef struct xccl_coll_peer_t {
-    uint64_t sent, received;       /* messages; the parity names the slot */
-    uint64_t slot_epoch[2];        /* of the last message in each of its slots */
-    uint64_t slot_units[2];        /* units counted before that message */
-    uint64_t seen_epoch[2];        /* last one read from its slots here */
-    uint64_t heard;                /* the peer has begun this epoch, so it has finished all before */
-    uint64_t units[XCCL_COLL_CHANNELS];    /* published to the peer */
-    uint64_t taken[XCCL_COLL_CHANNELS];    /* taken from the peer */
+    uint64_t sent, received;                     /* messages; the parity names the slot */
+    uint64_t slot_epoch[2];                      /* of the last message in each of its slots */
+    uint64_t slot_units[2];                      /* units counted before that message */
+    uint64_t seen_epoch[2];                      /* last one read from its slots here */
+    uint64_t heard;                              /* the peer has begun this epoch, so it has finished all before */
+    uint64_t units[XCCL_COLL_CHANNELS];          /* published to the peer */
+    uint64_t taken[XCCL_COLL_CHANNELS];          /* taken from the peer */
     uint64_t block_units[2][XCCL_COLL_CHANNELS]; /* last unit that lies in each staging block */
 
     /* the messages of the current operation */
@@ -102,7 +102,8 @@ typedef struct xccl_coll_peer_t {
     unsigned char *in;
     uint64_t in_bytes, in_done;
     int in_mode;
-    uint64_t in_offset[2], in_result[2], in_chunk; /* from the header: its slot may be reused once the last unit is taken */
+    uint64_t in_offset[2], in_result[2],
+        in_chunk; /* from the header: its slot may be reused once the last unit is taken */
 } xccl_coll_peer_t;
 
 typedef struct xccl_coll_t {
@@ -115,6 +116,7 @@ typedef struct xccl_coll_t {
     uint64_t committed_bytes; /* of each staging block */
     uint64_t next_block;      /* blocks used so far; the parity names the block */
     int *order;               /* the other members, nearest first: spreads the load */
+    const void **sources;     /* room for one pointer a member */
     xccl_coll_peer_t *peers;
 
     /* the current operation */
@@ -122,13 +124,13 @@ typedef struct xccl_coll_t {
     uint64_t signature;
     int64_t deadline;
     const unsigned char *x;
-    bool shared;       /* every peer gets all of x */
-    bool x_in_place;   /* peers read long messages in x, which is symmetric */
+    bool shared;          /* every peer gets all of x */
+    bool x_in_place;      /* peers read long messages in x, which is symmetric */
     bool result_in_place; /* all_reduce: peers read this rank's part of the result in `out` */
-    bool uses_blocks;  /* something is staged */
-    bool any_size;     /* the headers tell the sizes: all_to_all_v_begin */
-    bool unfinished;   /* between all_to_all_v_begin and _finish */
-    uint64_t x_offset; /* of x in the window, if x_in_place; likewise result_offset */
+    bool uses_blocks;     /* something is staged */
+    bool any_size;        /* the headers tell the sizes: all_to_all_v_begin */
+    bool unfinished;      /* between all_to_all_v_begin and _finish */
+    uint64_t x_offset;    /* of x in the window, if x_in_place; likewise result_offset */
     uint64_t result_offset;
     uint64_t chunk_bytes; /* of a staged message */
     uint64_t first_block; /* next_block when the operation began */
@@ -152,6 +154,9 @@ uint64_t xccl_coll_signature(xccl_op_t op, int reduce, xccl_dtype_t dtype, uint6
 
 /* True if the header is of this operation and as long as expected from member `pe`. */
 bool xccl_coll_agrees(const xccl_coll_t *coll, int pe, const xccl_coll_header_t *header);
+
+const char *xccl_coll_dtype_name(xccl_dtype_t dtype);
+const char *xccl_coll_reduce_name(xccl_reduce_op_t op);
 
 /* Describes how member `pe` differs; returns USAGE. */
 int xccl_coll_fail_mismatch(const xccl_coll_t *coll, int pe, const xccl_coll_header_t *header);
@@ -193,6 +198,9 @@ int xccl_coll_await_slot(xccl_coll_t *coll, int pe, uint64_t units);
 
 /* Slot `parity` for messages from `source`, in the window of any member. */
 uint64_t xccl_coll_slot_offset(const xccl_coll_t *coll, int source, int parity);
+
+/* Staging block number `block`, counted as next_block. */
+uint64_t xccl_coll_block_offset(const xccl_coll_t *coll, uint64_t block);
 
 /* Says what is sent: `x` with x_bytes bytes in all. Messages too long for a slot are read in x if it is symmetric
  * and they have at least XCCL_COLL_IN_PLACE_BYTES, and staged in chunks otherwise. */

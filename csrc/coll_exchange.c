@@ -65,7 +65,7 @@ void xccl_coll_refuse(xccl_coll_t *coll) {
 
 /* ---- staging ---- */
 
-static uint64_t block_offset(const xccl_coll_t *coll, uint64_t block) {
+uint64_t xccl_coll_block_offset(const xccl_coll_t *coll, uint64_t block) {
     return coll->staging + (block & 1) * coll->block_bytes;
 }
 
@@ -84,8 +84,8 @@ static int claim_block(xccl_coll_t *coll) {
     if (used > coll->committed_bytes) {
         used = used < 2 * coll->committed_bytes ? 2 * coll->committed_bytes : used;
         used = used < coll->block_bytes ? used : coll->block_bytes;
-        TRY(xccl_heap_commit(coll->world, block_offset(coll, 0), used));
-        TRY(xccl_heap_commit(coll->world, block_offset(coll, 1), used));
+        TRY(xccl_heap_commit(coll->world, xccl_coll_block_offset(coll, 0), used));
+        TRY(xccl_heap_commit(coll->world, xccl_coll_block_offset(coll, 1), used));
         coll->committed_bytes = used;
     }
     coll->next_block++;
@@ -93,7 +93,7 @@ static int claim_block(xccl_coll_t *coll) {
 }
 
 void xccl_coll_set_source(xccl_coll_t *coll, const void *x, uint64_t x_bytes, uint64_t message_bytes, bool shared) {
-    uint64_t parts = shared ? 1 : (uint64_t)coll->size - 1;
+    uint64_t parts = shared || coll->size == 1 ? 1 : (uint64_t)coll->size - 1;
     uint64_t most = coll->block_bytes / parts / XCCL_LINE * XCCL_LINE;
     uint64_t needed = (message_bytes + XCCL_LINE - 1) / XCCL_LINE * XCCL_LINE;
     coll->x = x;
@@ -101,7 +101,7 @@ void xccl_coll_set_source(xccl_coll_t *coll, const void *x, uint64_t x_bytes, ui
     coll->x_in_place = message_bytes >= XCCL_COLL_IN_PLACE_BYTES && message_bytes > coll->inline_bytes &&
                        xccl_gas_is_symmetric(coll->world, x, x_bytes, &coll->x_offset);
     coll->chunk_bytes = needed < most ? needed : most;
-    coll->uses_blocks = message_bytes > coll->inline_bytes && !coll->x_in_place;
+    coll->uses_blocks = coll->size > 1 && message_bytes > coll->inline_bytes && !coll->x_in_place;
     coll->result_in_place = false;
     coll->first_block = coll->next_block;
 }
@@ -120,7 +120,7 @@ uint64_t xccl_coll_chunks_to_send(const xccl_coll_t *coll) {
 static void fill_region(xccl_coll_t *coll, int pe, uint64_t k) {
     const xccl_coll_peer_t *peer = &coll->peers[pe];
     uint64_t at = k * coll->chunk_bytes, left = peer->out_bytes - at;
-    uint64_t place = block_offset(coll, coll->first_block + k) + region_in_block(coll, pe);
+    uint64_t place = xccl_coll_block_offset(coll, coll->first_block + k) + region_in_block(coll, pe);
     xccl_gas_put_at(coll->world, coll->world->rank, place, peer->out + at,
                     left < coll->chunk_bytes ? left : coll->chunk_bytes);
 }
@@ -132,9 +132,9 @@ static int announce(xccl_coll_t *coll, int pe) {
                (coll->result_in_place ? XCCL_COLL_RESULT_IN_PLACE : 0);
     uint64_t words[5]; /* offset[2], result[2], chunk */
     for (uint64_t i = 0; i < 2; i++) {
-        uint64_t block = block_offset(coll, coll->first_block + i);
-        words[i] = coll->x_in_place ? coll->x_offset + (uint64_t)(peer->out - coll->x)
-                                    : block + region_in_block(coll, pe);
+        uint64_t block = xccl_coll_block_offset(coll, coll->first_block + i);
+        words[i] =
+            coll->x_in_place ? coll->x_offset + (uint64_t)(peer->out - coll->x) : block + region_in_block(coll, pe);
         words[2 + i] = coll->result_in_place ? coll->result_offset : block;
     }
     words[4] = coll->chunk_bytes;

@@ -7,8 +7,8 @@
 /*   signature: | param 40 bits | dtype 8 | reduce 4 | op 8 | mode 4 | */
 enum { OP_SHIFT = 4, REDUCE_SHIFT = 12, DTYPE_SHIFT = 16, PARAM_SHIFT = 24, MAX_TEXT = 192 };
 
-static const char *const dtype_names[] = {"float32", "float16", "bfloat16", "float64", "bool",   "int8",
-                                          "int16",   "int32",   "int64",    "uint8",   "uint16", "uint32",
+static const char *const dtype_names[] = {"float32", "float16",   "bfloat16",   "float64", "bool",   "int8",
+                                          "int16",   "int32",     "int64",      "uint8",   "uint16", "uint32",
                                           "uint64",  "complex64", "complex128", "bytes"};
 static const char *const reduce_names[] = {"sum", "min", "max", "prod"};
 
@@ -26,6 +26,14 @@ bool xccl_coll_agrees(const xccl_coll_t *coll, int pe, const xccl_coll_header_t 
     return coll->any_size || header->bytes == coll->peers[pe].in_bytes;
 }
 
+const char *xccl_coll_dtype_name(xccl_dtype_t dtype) {
+    return dtype <= XCCL_BYTES ? dtype_names[dtype] : "?";
+}
+
+const char *xccl_coll_reduce_name(xccl_reduce_op_t op) {
+    return op <= XCCL_PROD ? reduce_names[op] : "?";
+}
+
 /* "all_reduce(max) of float32, 80 bytes" */
 static void describe(uint64_t signature, uint64_t bytes, char *text, size_t size) {
     int op = signature >> OP_SHIFT & 0xff, reduce = signature >> REDUCE_SHIFT & 0xf;
@@ -35,12 +43,12 @@ static void describe(uint64_t signature, uint64_t bytes, char *text, size_t size
     if (op == XCCL_OP_BARRIER)
         return;
     if (op == XCCL_OP_ALL_REDUCE || op == XCCL_OP_REDUCE_SCATTER)
-        used += snprintf(text + used, size - used, "(%s)", reduce <= XCCL_PROD ? reduce_names[reduce] : "?");
+        used += snprintf(text + used, size - used, "(%s)", xccl_coll_reduce_name((xccl_reduce_op_t)reduce));
     if (op == XCCL_OP_BROADCAST)
         used += snprintf(text + used, size - used, " from root %llu", (unsigned long long)param);
     if (op == XCCL_OP_ALL_TO_ALL_V)
         used += snprintf(text + used, size - used, " with rows of %llu bytes", (unsigned long long)param);
-    used += snprintf(text + used, size - used, " of %s", dtype <= XCCL_BYTES ? dtype_names[dtype] : "?");
+    used += snprintf(text + used, size - used, " of %s", xccl_coll_dtype_name((xccl_dtype_t)dtype));
     if (bytes != UINT64_MAX)
         snprintf(text + used, size - used, ", message of %llu bytes", (unsigned long long)bytes);
 }
@@ -57,6 +65,6 @@ int xccl_coll_fail_mismatch(const xccl_coll_t *coll, int pe, const xccl_coll_hea
                      "%s on rank %d of %d: the members do not agree: rank %d is in collective %llu: %s%s; expected "
                      "collective %llu: %s; every member must make the same calls, with sizes that match",
                      op, coll->rank, coll->size, pe, (unsigned long long)epoch, there,
-                     refused ? ", and found a call of another rank that differs" : "",
-                     (unsigned long long)coll->epoch, here);
+                     refused ? ", and found a call of another rank that differs" : "", (unsigned long long)coll->epoch,
+                     here);
 }

@@ -16,7 +16,8 @@ uint64_t xccl_coll_counter_offset(const xccl_coll_t *coll, xccl_coll_counter_t c
 static uint64_t counter(const xccl_coll_t *coll, xccl_coll_counter_t which, int channel, int pe) {
     const xccl_signal_line_t *line =
         xccl_gas_at(coll->world, coll->world->rank, xccl_coll_counter_offset(coll, which, channel, pe));
-    /* acquire pairs with the release of the peer's signal: READY shows the chunk; TAKEN shows that its reads are over */
+    /* acquire pairs with the release of the peer's signal: READY shows the chunk; TAKEN shows that its reads are over
+     */
     return xccl_gas_load(&line->value);
 }
 
@@ -118,8 +119,7 @@ static bool unit_missing(const xccl_coll_t *coll, int pe, int channel) {
 
 static bool units_ready(void *arg) {
     units_t *wait = arg;
-    while (wait->next < wait->coll->size - 1 &&
-           !unit_missing(wait->coll, wait->coll->order[wait->next], wait->channel))
+    while (wait->next < wait->coll->size - 1 && !unit_missing(wait->coll, wait->coll->order[wait->next], wait->channel))
         wait->next++;
     return wait->next == wait->coll->size - 1;
 }
