@@ -75,9 +75,7 @@ class Collectives(CommunicatorBase):
             source = readable(buf, "buf", "broadcast")
             address = _checked_out(out, buf.shape, buf.dtype, "broadcast")
         code = _dtype_code(buf.dtype)
-        check(
-            lib.xccl_coll_broadcast(handle, _ptr(source), buf.nbytes, code, root, timeout_ns(timeout), _ptr(address))
-        )
+        check(lib.xccl_coll_broadcast(handle, _ptr(source), buf.nbytes, code, root, timeout_ns(timeout), _ptr(address)))
         return out
 
     def all_gather(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Array:
@@ -89,9 +87,7 @@ class Collectives(CommunicatorBase):
         out, address = _result(out, (self.size, *x.shape), x.dtype, "all_gather")
         code = _dtype_code(x.dtype)
         check(
-            lib.xccl_coll_all_gather(
-                self._handle(), _ptr(source), x.nbytes, code, timeout_ns(timeout), _ptr(address)
-            )
+            lib.xccl_coll_all_gather(self._handle(), _ptr(source), x.nbytes, code, timeout_ns(timeout), _ptr(address))
         )
         return out
 
@@ -218,15 +214,11 @@ def _checked_out(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any], opera
     """Address of an output array of just this shape and dtype."""
     address = writable(out, "out", operation)
     if out.shape != shape or out.dtype != dtype:
-        raise XcclUsageError(
-            f"{operation}: out must be {dtype}{list(shape)}, got {out.dtype}{list(out.shape)}"
-        )
+        raise XcclUsageError(f"{operation}: out must be {dtype}{list(shape)}, got {out.dtype}{list(out.shape)}")
     return address
 
 
-def _result(
-    out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any], operation: str
-) -> tuple[Array, int]:
+def _result(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any], operation: str) -> tuple[Array, int]:
     """`out` after checking it, or a new array; and its address."""
     if out is None:
         out = np.empty(shape, dtype)
