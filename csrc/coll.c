@@ -102,7 +102,14 @@ int xccl_coll_begin(xccl_comm_t *comm, xccl_op_t op, int reduce, xccl_dtype_t dt
     coll->signature = xccl_coll_signature(op, reduce, dtype, param);
     coll->deadline = xccl_deadline(comm->world, timeout_ns);
     coll->any_size = false;
+    coll->differs = -1;
     return XCCL_OK;
+}
+
+int xccl_coll_settle(xccl_comm_t *comm, int status) {
+    if (status < 0)
+        comm->broken = true;
+    return status;
 }
 
 int xccl_coll_check_apart(const xccl_comm_t *comm, xccl_op_t op, const void *x, uint64_t x_bytes, const void *out,
@@ -148,7 +155,7 @@ static void set_uniform(xccl_coll_t *coll, const void *x, uint64_t out_step, uin
 int xccl_coll_barrier(xccl_comm_t *comm, int64_t timeout_ns) {
     TRY(xccl_coll_begin(comm, XCCL_OP_BARRIER, 0, XCCL_BYTES, 0, timeout_ns));
     set_uniform(comm->coll, NULL, 0, 0, NULL);
-    return xccl_comm_settle(comm, exchange(comm->coll));
+    return xccl_coll_settle(comm, exchange(comm->coll));
 }
 
 int xccl_coll_all_gather(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_dtype_t dtype, int64_t timeout_ns,
@@ -157,7 +164,7 @@ int xccl_coll_all_gather(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_
         TRY(xccl_coll_check_apart(comm, XCCL_OP_ALL_GATHER, x, bytes, out, (uint64_t)comm->size * bytes));
     TRY(xccl_coll_begin(comm, XCCL_OP_ALL_GATHER, 0, dtype, 0, timeout_ns));
     set_uniform(comm->coll, x, 0, bytes, out);
-    return xccl_comm_settle(comm, exchange(comm->coll));
+    return xccl_coll_settle(comm, exchange(comm->coll));
 }
 
 int xccl_coll_all_to_all(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_dtype_t dtype, int64_t timeout_ns,
@@ -166,7 +173,7 @@ int xccl_coll_all_to_all(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_
     TRY(xccl_coll_check_apart(comm, XCCL_OP_ALL_TO_ALL, x, total, out, total));
     TRY(xccl_coll_begin(comm, XCCL_OP_ALL_TO_ALL, 0, dtype, 0, timeout_ns));
     set_uniform(comm->coll, x, bytes, bytes, out);
-    return xccl_comm_settle(comm, exchange(comm->coll));
+    return xccl_coll_settle(comm, exchange(comm->coll));
 }
 
 /* ---- broadcast ---- */
@@ -207,9 +214,9 @@ int xccl_coll_broadcast(xccl_comm_t *comm, const void *data, uint64_t bytes, xcc
         TRY(xccl_coll_check_apart(comm, XCCL_OP_BROADCAST, data, bytes, out, bytes));
     TRY(xccl_coll_begin(comm, XCCL_OP_BROADCAST, 0, dtype, (uint64_t)root, timeout_ns));
     if (comm->rank != root)
-        return xccl_comm_settle(comm, receive_from(comm->coll, root, bytes, out));
+        return xccl_coll_settle(comm, receive_from(comm->coll, root, bytes, out));
     copy(out, data, bytes);
-    return xccl_comm_settle(comm, send_to_all(comm->coll, data, bytes));
+    return xccl_coll_settle(comm, send_to_all(comm->coll, data, bytes));
 }
 
 /* ---- all_to_all_v ---- */
@@ -277,7 +284,7 @@ int xccl_coll_all_to_all_v(xccl_comm_t *comm, const void *x, const uint64_t *sen
     for (int pe = 0; pe < comm->size; pe++)
         coll->peers[pe].in_bytes = recv_bytes[pe];
     int status = begin_v(coll, x, send_bytes);
-    return xccl_comm_settle(comm, status < 0 ? status : finish_v(coll, out));
+    return xccl_coll_settle(comm, status < 0 ? status : finish_v(coll, out));
 }
 
 int xccl_coll_all_to_all_v_begin(xccl_comm_t *comm, const void *x, const uint64_t *send_bytes, uint64_t row_bytes,
@@ -287,7 +294,7 @@ int xccl_coll_all_to_all_v_begin(xccl_comm_t *comm, const void *x, const uint64_
     TRY(xccl_coll_begin(comm, XCCL_OP_ALL_TO_ALL_V, 0, dtype, row_bytes, timeout_ns));
     coll->any_size = true;
     coll->peers[comm->rank].in_bytes = send_bytes[comm->rank];
-    TRY(xccl_comm_settle(comm, begin_v(coll, x, send_bytes)));
+    TRY(xccl_coll_settle(comm, begin_v(coll, x, send_bytes)));
     for (int pe = 0; pe < comm->size; pe++)
         recv_bytes[pe] = coll->peers[pe].in_bytes;
     coll->unfinished = true;
@@ -311,5 +318,5 @@ int xccl_coll_all_to_all_v_finish(xccl_comm_t *comm, int64_t timeout_ns, void *o
     coll->unfinished = false;
     coll->deadline = xccl_deadline(comm->world, timeout_ns);
     int status = check_apart_v(comm, out);
-    return xccl_comm_settle(comm, status < 0 ? status : finish_v(coll, out));
+    return xccl_coll_settle(comm, status < 0 ? status : finish_v(coll, out));
 }

@@ -130,6 +130,7 @@ typedef struct xccl_coll_t {
     bool uses_blocks;     /* something is staged */
     bool any_size;        /* the headers tell the sizes: all_to_all_v_begin */
     bool unfinished;      /* between all_to_all_v_begin and _finish */
+    int differs;          /* a member whose header does not agree, found while waiting; -1: none */
     uint64_t x_offset;    /* of x in the window, if x_in_place; likewise result_offset */
     uint64_t result_offset;
     uint64_t chunk_bytes; /* of a staged message */
@@ -142,6 +143,9 @@ typedef struct xccl_coll_t {
  * must agree: the root, or the bytes of a row. */
 int xccl_coll_begin(xccl_comm_t *comm, xccl_op_t op, int reduce, xccl_dtype_t dtype, uint64_t param,
                     int64_t timeout_ns);
+
+/* Ends an operation that began: any error leaves the members out of step, so the communicator is unusable then. */
+int xccl_coll_settle(xccl_comm_t *comm, int status);
 
 /* USAGE if [x, x+x_bytes) and [out, out+out_bytes) overlap. */
 int xccl_coll_check_apart(const xccl_comm_t *comm, xccl_op_t op, const void *x, uint64_t x_bytes, const void *out,
@@ -169,6 +173,8 @@ const xccl_coll_header_t *xccl_coll_header(const xccl_coll_t *coll, int pe);
 /* Counter of `peer` in the window of any member. */
 uint64_t xccl_coll_counter_offset(const xccl_coll_t *coll, xccl_coll_counter_t counter, int channel, int peer);
 
+/* Every wait here ends with USAGE, too, when a member turns out to be in another call, or gave this one up. */
+
 /* Waits for the next header of each of `count` members and checks that it agrees. */
 int xccl_coll_receive_headers(xccl_coll_t *coll, const int *members, int count);
 
@@ -182,7 +188,7 @@ int xccl_coll_await_units(xccl_coll_t *coll, int channel);
 int xccl_coll_await_taken(xccl_coll_t *coll);
 
 /* True if the last contents of the next staging block have been taken by all. */
-bool xccl_coll_block_free(const xccl_coll_t *coll);
+bool xccl_coll_block_free(xccl_coll_t *coll);
 int xccl_coll_await_block(xccl_coll_t *coll);
 
 /* Waits until something can be moved: see xccl_coll_deliver. */

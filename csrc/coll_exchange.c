@@ -57,8 +57,7 @@ static int push(xccl_coll_t *coll, int pe) {
 void xccl_coll_refuse(xccl_coll_t *coll) {
     for (int i = 0; i < coll->size - 1; i++) {
         xccl_coll_peer_t *peer = &coll->peers[coll->order[i]];
-        bool told = peer->sent > 0 && peer->slot_epoch[(peer->sent - 1) & 1] == coll->epoch;
-        if (!told && slot_known_free(peer))
+        if (slot_known_free(peer))
             send_header(coll, coll->order[i], XCCL_COLL_REFUSED, 0);
     }
 }

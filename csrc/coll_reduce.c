@@ -105,7 +105,7 @@ int xccl_coll_reduce_scatter(xccl_comm_t *comm, const void *x, uint64_t count, x
     TRY(xccl_coll_check_apart(comm, XCCL_OP_REDUCE_SCATTER, x, (uint64_t)comm->size * bytes, out, bytes));
     TRY(xccl_coll_begin(comm, XCCL_OP_REDUCE_SCATTER, (int)op, dtype, 0, timeout_ns));
     reduction_t r = {comm->coll, dtype, op, itemsize, bytes, x, out, comm->coll->sources};
-    return xccl_comm_settle(comm, reduce_scatter(&r));
+    return xccl_coll_settle(comm, reduce_scatter(&r));
 }
 
 /* ---- all_reduce: each member reduces a slice of every round, then all collect the slices ---- */
@@ -184,5 +184,5 @@ int xccl_coll_all_reduce(xccl_comm_t *comm, const void *x, uint64_t count, xccl_
         TRY(xccl_coll_check_apart(comm, XCCL_OP_ALL_REDUCE, x, bytes, out, bytes));
     TRY(xccl_coll_begin(comm, XCCL_OP_ALL_REDUCE, (int)op, dtype, 0, timeout_ns));
     reduction_t r = {comm->coll, dtype, op, itemsize, bytes, x, out, comm->coll->sources};
-    return xccl_comm_settle(comm, all_reduce(&r));
+    return xccl_coll_settle(comm, all_reduce(&r));
 }

@@ -27,10 +27,22 @@ static bool has_come(const xccl_coll_t *coll, int pe) {
     return xccl_gas_load(&xccl_coll_header(coll, pe)->epoch) != peer->seen_epoch[peer->received & 1];
 }
 
-/* `pe` gave this operation up instead of answering. */
-static bool has_refused(const xccl_coll_t *coll, int pe) {
-    const xccl_coll_header_t *header = xccl_coll_header(coll, pe);
-    return has_come(coll, pe) && (header->signature & XCCL_COLL_MODE_MASK) == XCCL_COLL_REFUSED;
+/* Notes if `pe`, from which nothing more than progress is expected, gave the operation up. */
+static bool gave_up(xccl_coll_t *coll, int pe) {
+    if (!has_come(coll, pe) || (xccl_coll_header(coll, pe)->signature & XCCL_COLL_MODE_MASK) != XCCL_COLL_REFUSED)
+        return false;
+    coll->differs = pe;
+    return true;
+}
+
+/* Waits; then turns a member that differs into an error on all of them. */
+static int wait_for(xccl_coll_t *coll, const xccl_wait_t *wait) {
+    int status = xccl_wait(coll->world, wait, coll->deadline);
+    if (status < 0 || coll->differs < 0)
+        return status;
+    status = xccl_coll_fail_mismatch(coll, coll->differs, xccl_coll_header(coll, coll->differs));
+    xccl_coll_refuse(coll);
+    return status;
 }
 
 /* ---- headers ---- */
@@ -42,14 +54,28 @@ typedef struct headers_t {
     int next; /* all before it have come and agree */
 } headers_t;
 
+/* A member that sends in this operation, though no message is expected from it: it has another root. */
+static bool finds_second_root(xccl_coll_t *coll) {
+    for (int i = 0; i < coll->size - 1; i++) {
+        const xccl_coll_header_t *header = xccl_coll_header(coll, coll->order[i]);
+        if (has_come(coll, coll->order[i]) && xccl_gas_load(&header->epoch) == coll->epoch) {
+            coll->differs = coll->order[i];
+            return true;
+        }
+    }
+    return false;
+}
+
 static bool headers_ready(void *arg) {
     headers_t *wait = arg;
     for (; wait->next < wait->count; wait->next++) {
         int pe = wait->members[wait->next];
         if (!has_come(wait->coll, pe))
-            return false;
-        if (!xccl_coll_agrees(wait->coll, pe, xccl_coll_header(wait->coll, pe)))
+            return wait->count < wait->coll->size - 1 && finds_second_root(wait->coll);
+        if (!xccl_coll_agrees(wait->coll, pe, xccl_coll_header(wait->coll, pe))) {
+            wait->coll->differs = pe;
             return true;
+        }
     }
     return true;
 }
@@ -84,17 +110,7 @@ static void accept(xccl_coll_t *coll, int pe) {
 
 int xccl_coll_receive_headers(xccl_coll_t *coll, const int *members, int count) {
     headers_t wait = {coll, members, count, 0};
-    if (!headers_ready(&wait)) {
-        int status = xccl_wait(coll->world, &(xccl_wait_t){headers_ready, headers_awaited, &wait}, coll->deadline);
-        if (status < 0)
-            return status;
-    }
-    if (wait.next < count) {
-        int pe = members[wait.next];
-        int status = xccl_coll_fail_mismatch(coll, pe, xccl_coll_header(coll, pe));
-        xccl_coll_refuse(coll);
-        return status;
-    }
+    TRY(wait_for(coll, &(xccl_wait_t){headers_ready, headers_awaited, &wait}));
     for (int i = 0; i < count; i++)
         accept(coll, members[i]);
     return XCCL_OK;
@@ -107,7 +123,7 @@ bool xccl_coll_unit_ready(const xccl_coll_t *coll, int pe, int channel) {
 }
 
 typedef struct units_t {
-    const xccl_coll_t *coll;
+    xccl_coll_t *coll;
     int channel;
     int next;
 } units_t;
@@ -119,9 +135,12 @@ static bool unit_missing(const xccl_coll_t *coll, int pe, int channel) {
 
 static bool units_ready(void *arg) {
     units_t *wait = arg;
-    while (wait->next < wait->coll->size - 1 && !unit_missing(wait->coll, wait->coll->order[wait->next], wait->channel))
-        wait->next++;
-    return wait->next == wait->coll->size - 1;
+    for (; wait->next < wait->coll->size - 1; wait->next++) {
+        int pe = wait->coll->order[wait->next];
+        if (unit_missing(wait->coll, pe, wait->channel))
+            return gave_up(wait->coll, pe);
+    }
+    return true;
 }
 
 static bool units_awaited(void *arg, int index, xccl_awaited_t *out) {
@@ -141,7 +160,7 @@ static bool units_awaited(void *arg, int index, xccl_awaited_t *out) {
 
 int xccl_coll_await_units(xccl_coll_t *coll, int channel) {
     units_t wait = {coll, channel, 0};
-    return xccl_wait(coll->world, &(xccl_wait_t){units_ready, units_awaited, &wait}, coll->deadline);
+    return wait_for(coll, &(xccl_wait_t){units_ready, units_awaited, &wait});
 }
 
 /* ---- taken: what the peers have read ---- */
@@ -150,11 +169,10 @@ typedef enum limit_t { LIMIT_ALL, LIMIT_BLOCK, LIMIT_SLOT } limit_t;
 
 /* Waits until each member has taken as much as `limit` says. */
 typedef struct taken_t {
-    const xccl_coll_t *coll;
+    xccl_coll_t *coll;
     limit_t limit;
     int only;       /* LIMIT_SLOT: the member */
     uint64_t units; /* LIMIT_SLOT: one more than these */
-    int refused;    /* a member that gave the operation up, -1: none */
 } taken_t;
 
 static uint64_t units_needed(const taken_t *wait, int pe, int channel) {
@@ -178,18 +196,10 @@ static bool all_taken(const taken_t *wait, int pe) {
 
 static bool taken_ready(void *arg) {
     taken_t *wait = arg;
-    bool ready = true;
-    for (int i = 0; i < wait->coll->size - 1; i++) {
-        int pe = wait->coll->order[i];
-        if (all_taken(wait, pe))
-            continue;
-        ready = false;
-        if (has_refused(wait->coll, pe)) {
-            wait->refused = pe;
-            return true;
-        }
-    }
-    return ready;
+    for (int i = 0; i < wait->coll->size - 1; i++)
+        if (!all_taken(wait, wait->coll->order[i]))
+            return gave_up(wait->coll, wait->coll->order[i]);
+    return true;
 }
 
 static bool taken_awaited(void *arg, int index, xccl_awaited_t *out) {
@@ -209,43 +219,34 @@ static bool taken_awaited(void *arg, int index, xccl_awaited_t *out) {
     return false;
 }
 
-static int await_taken(xccl_coll_t *coll, taken_t *wait) {
-    int status = xccl_wait(coll->world, &(xccl_wait_t){taken_ready, taken_awaited, wait}, coll->deadline);
-    if (status < 0 || wait->refused < 0)
-        return status;
-    status = xccl_coll_fail_mismatch(coll, wait->refused, xccl_coll_header(coll, wait->refused));
-    xccl_coll_refuse(coll);
-    return status;
+static int await_taken(taken_t wait) {
+    return wait_for(wait.coll, &(xccl_wait_t){taken_ready, taken_awaited, &wait});
 }
 
 int xccl_coll_await_taken(xccl_coll_t *coll) {
-    return await_taken(coll, &(taken_t){coll, LIMIT_ALL, -1, 0, -1});
+    return await_taken((taken_t){coll, LIMIT_ALL, -1, 0});
 }
 
 int xccl_coll_await_slot(xccl_coll_t *coll, int pe, uint64_t units) {
-    if (counter(coll, XCCL_COLL_TAKEN, 0, pe) > units)
-        return XCCL_OK;
-    return await_taken(coll, &(taken_t){coll, LIMIT_SLOT, pe, units, -1});
+    return await_taken((taken_t){coll, LIMIT_SLOT, pe, units});
 }
 
-bool xccl_coll_block_free(const xccl_coll_t *coll) {
-    taken_t wait = {coll, LIMIT_BLOCK, -1, 0, -1};
+int xccl_coll_await_block(xccl_coll_t *coll) {
+    return await_taken((taken_t){coll, LIMIT_BLOCK, -1, 0});
+}
+
+bool xccl_coll_block_free(xccl_coll_t *coll) {
+    taken_t wait = {coll, LIMIT_BLOCK, -1, 0};
     for (int i = 0; i < coll->size - 1; i++)
         if (!all_taken(&wait, coll->order[i]))
             return false;
     return true;
 }
 
-int xccl_coll_await_block(xccl_coll_t *coll) {
-    if (xccl_coll_block_free(coll))
-        return XCCL_OK;
-    return await_taken(coll, &(taken_t){coll, LIMIT_BLOCK, -1, 0, -1});
-}
-
 /* ---- movable: something to copy, in or out ---- */
 
 typedef struct movable_t {
-    const xccl_coll_t *coll;
+    xccl_coll_t *coll;
     bool chunks_left;
 } movable_t;
 
@@ -263,12 +264,15 @@ static bool movable_ready(void *arg) {
     for (int i = 0; i < wait->coll->size - 1; i++)
         if (xccl_coll_can_take(wait->coll, wait->coll->order[i]))
             return true;
+    for (int i = 0; i < wait->coll->size - 1; i++)
+        if (gave_up(wait->coll, wait->coll->order[i]))
+            return true;
     return false;
 }
 
 static bool movable_awaited(void *arg, int index, xccl_awaited_t *out) {
     const movable_t *wait = arg;
-    const xccl_coll_t *coll = wait->coll;
+    xccl_coll_t *coll = wait->coll;
     for (int i = 0; i < coll->size - 1; i++) {
         int pe = coll->order[i];
         const xccl_coll_peer_t *peer = &coll->peers[pe];
@@ -277,11 +281,11 @@ static bool movable_awaited(void *arg, int index, xccl_awaited_t *out) {
         *out = (xccl_awaited_t){coll->comm->ranks[pe], peer->in_bytes, peer->in_done, "bytes of the message"};
         return true;
     }
-    taken_t block = {coll, LIMIT_BLOCK, -1, 0, -1};
+    taken_t block = {coll, LIMIT_BLOCK, -1, 0};
     return wait->chunks_left && taken_awaited(&block, index, out);
 }
 
 int xccl_coll_await_movable(xccl_coll_t *coll, bool chunks_left) {
     movable_t wait = {coll, chunks_left};
-    return xccl_wait(coll->world, &(xccl_wait_t){movable_ready, movable_awaited, &wait}, coll->deadline);
+    return wait_for(coll, &(xccl_wait_t){movable_ready, movable_awaited, &wait});
 }
