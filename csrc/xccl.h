@@ -42,6 +42,28 @@ typedef enum xccl_status_t {
 /* Text of the calling thread's last error; valid until its next failing call. */
 const char *xccl_error_message(void);
 
+/* ---- element types ------------------------------------------------------------------------------------ */
+
+/* BYTES stands for any other type: it is moved, but not reduced. Rows of MoE are one of the first three. */
+typedef enum xccl_dtype_t {
+    XCCL_FLOAT32 = 0,
+    XCCL_FLOAT16 = 1,
+    XCCL_BFLOAT16 = 2,
+    XCCL_FLOAT64 = 3,
+    XCCL_BOOL = 4,
+    XCCL_INT8 = 5,
+    XCCL_INT16 = 6,
+    XCCL_INT32 = 7,
+    XCCL_INT64 = 8,
+    XCCL_UINT8 = 9,
+    XCCL_UINT16 = 10,
+    XCCL_UINT32 = 11,
+    XCCL_UINT64 = 12,
+    XCCL_COMPLEX64 = 13,
+    XCCL_COMPLEX128 = 14,
+    XCCL_BYTES = 15
+} xccl_dtype_t;
+
 /* ---- shm: the shared object, the rank table ------------------------------------------------------------ */
 
 typedef struct xccl_world_t xccl_world_t;
@@ -241,15 +263,15 @@ int xccl_gas_atomic(xccl_comm_t *comm, void *target, int width, xccl_atomic_op_t
 
 /* ---- moe: dispatch and combine ------------------------------------------------------------------------ */
 
-/* Type of the numbers in a row. */
-typedef enum xccl_dtype_t { XCCL_FLOAT32 = 0, XCCL_FLOAT16 = 1, XCCL_BFLOAT16 = 2 } xccl_dtype_t;
-
 /* How dispatch carries a row: as it is, or as int8 with one float32 scale (max|x| / 127). */
 typedef enum xccl_quant_t { XCCL_QUANT_NONE = 0, XCCL_QUANT_INT8 = 1 } xccl_quant_t;
 
 /* Vector width of the arithmetic; AUTO is the widest that the processor has. All give the same bits. */
 typedef enum xccl_simd_t {
-    XCCL_SIMD_AUTO = 0, XCCL_SIMD_SCALAR = 1, XCCL_SIMD_AVX2 = 2, XCCL_SIMD_AVX512 = 3
+    XCCL_SIMD_AUTO = 0,
+    XCCL_SIMD_SCALAR = 1,
+    XCCL_SIMD_AVX2 = 2,
+    XCCL_SIMD_AVX512 = 3
 } xccl_simd_t;
 
 /* An expert-parallel group: the experts of one MoE layer shape, spread over the members of a communicator.
@@ -335,14 +357,6 @@ void xccl_moe_handle_free(xccl_moe_handle_t *handle);
 
 /* ---- coll: collectives --------------------------------------------------------------------------------- */
 
-/* Types of elements. BYTES stands for any other type: it is moved, but not reduced. */
-typedef enum xccl_dtype_t {
-    XCCL_FLOAT32 = 0, XCCL_FLOAT16 = 1, XCCL_BFLOAT16 = 2, XCCL_FLOAT64 = 3, XCCL_BOOL = 4,
-    XCCL_INT8 = 5, XCCL_INT16 = 6, XCCL_INT32 = 7, XCCL_INT64 = 8,
-    XCCL_UINT8 = 9, XCCL_UINT16 = 10, XCCL_UINT32 = 11, XCCL_UINT64 = 12,
-    XCCL_COMPLEX64 = 13, XCCL_COMPLEX128 = 14, XCCL_BYTES = 15
-} xccl_dtype_t;
-
 /* How elements are reduced: over the members 0, 1, ... in this order, so the result has the same bits on every
  * rank, on every run and for every algorithm. Integers wrap. float16 and bfloat16 are accumulated in float32
  * and rounded once, to nearest even. min and max give NaN if any element is NaN. BOOL has min and max only. */
@@ -362,20 +376,20 @@ int xccl_coll_broadcast(xccl_comm_t *comm, const void *data, uint64_t bytes, xcc
                         int64_t timeout_ns, void *out);
 
 /* out[pe] = x of pe; x has `bytes` bytes. x may be this rank's part of out. */
-int xccl_coll_all_gather(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_dtype_t dtype,
-                         int64_t timeout_ns, void *out);
+int xccl_coll_all_gather(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_dtype_t dtype, int64_t timeout_ns,
+                         void *out);
 
 /* out = the reduction of x over all members; `count` elements. x may be out. */
-int xccl_coll_all_reduce(xccl_comm_t *comm, const void *x, uint64_t count, xccl_dtype_t dtype,
-                         xccl_reduce_op_t op, int64_t timeout_ns, void *out);
+int xccl_coll_all_reduce(xccl_comm_t *comm, const void *x, uint64_t count, xccl_dtype_t dtype, xccl_reduce_op_t op,
+                         int64_t timeout_ns, void *out);
 
 /* x has size * `count` elements; out = part `rank` of the reduction of x over all members. */
-int xccl_coll_reduce_scatter(xccl_comm_t *comm, const void *x, uint64_t count, xccl_dtype_t dtype,
-                             xccl_reduce_op_t op, int64_t timeout_ns, void *out);
+int xccl_coll_reduce_scatter(xccl_comm_t *comm, const void *x, uint64_t count, xccl_dtype_t dtype, xccl_reduce_op_t op,
+                             int64_t timeout_ns, void *out);
 
 /* x has one part of `bytes` bytes for each member; out[pe] = the part that pe has for this rank. */
-int xccl_coll_all_to_all(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_dtype_t dtype,
-                         int64_t timeout_ns, void *out);
+int xccl_coll_all_to_all(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_dtype_t dtype, int64_t timeout_ns,
+                         void *out);
 
 /* As all_to_all, with send_bytes[pe] bytes for each member and recv_bytes[pe] from each; the parts lie in member
  * order without gaps. `row_bytes` divides all of them and must be equal on all members. */
