@@ -4,8 +4,8 @@ import importlib.util
 import json
 
 import pytest
+from serving.tiny_model import CONFIG, write_model
 
-from tests.serving.tiny_model import CONFIG, write_model
 from xccl.cli import main
 
 

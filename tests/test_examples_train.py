@@ -57,9 +57,7 @@ def text_module() -> ModuleType:
 
 def test_plays_are_cut_at_scenes_and_lose_no_line(text_module: ModuleType, tmp_path: Path) -> None:
     scene = "\n".join(f"  FIRST WITCH.\t Line {i} of act one.  " for i in range(20))
-    play = (
-        f"A PLAY\n\n{scene}\nACT I.\n\n\n\nScene I. A heath.\n{scene}\nSCENE 2\n{scene}\nEPILOGUE\nShort.\n"
-    )
+    play = f"A PLAY\n\n{scene}\nACT I.\n\n\n\nScene I. A heath.\n{scene}\nSCENE 2\n{scene}\nEPILOGUE\nShort.\n"
     (tmp_path / "play_gut.txt").write_text(play)
     (tmp_path / "play_gut_f.txt").write_text("the folio text stays out")
     documents = text_module.read_shakespeare(tmp_path)
@@ -95,9 +93,7 @@ def test_export_of_a_training_run_has_the_shipped_layout(data: Path, tmp_path: P
     run("export.py", "--data", data, "--weights", weights, "--out", out)
     exported = safetensors.load_file(out / "model.safetensors")
     shipped = safetensors.load_file(MODEL / "model.safetensors")
-    assert {k: (v.shape, v.dtype) for k, v in exported.items()} == {
-        k: (v.shape, v.dtype) for k, v in shipped.items()
-    }
+    assert {k: (v.shape, v.dtype) for k, v in exported.items()} == {k: (v.shape, v.dtype) for k, v in shipped.items()}
     assert json.loads((out / "config.json").read_text()) == config()
 
 

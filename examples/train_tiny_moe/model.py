@@ -261,8 +261,7 @@ class TinyMoE(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden)
         self.layers = nn.ModuleList(
-            DenseBlock(config) if i < config.num_dense_layers else MoEBlock(config)
-            for i in range(config.num_layers)
+            DenseBlock(config) if i < config.num_dense_layers else MoEBlock(config) for i in range(config.num_layers)
         )
         self.final_norm = Norm(config.hidden, config.norm_eps)
         self.head = Matrix(config.hidden, config.vocab_size)

@@ -75,9 +75,7 @@ def balance(model: TinyMoE) -> None:
         block.router.bias += BIAS_STEP * ((relative < LOAD_LOW).float() - (relative > LOAD_HIGH).float())
 
 
-def train(
-    model: TinyMoE, stream: np.ndarray, *, steps: int, batch: int, seed: int
-) -> Iterator[dict[str, float]]:
+def train(model: TinyMoE, stream: np.ndarray, *, steps: int, batch: int, seed: int) -> Iterator[dict[str, float]]:
     """Train in place; yield each step's losses in nats a token."""
     batches = windows(stream, model.config.max_context, batch, seed)
     chosen_optimizers = optimizers(model)

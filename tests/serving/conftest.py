@@ -1,9 +1,8 @@
 from pathlib import Path
 
 import pytest
+from serving.tiny_model import write_model
 from threadpoolctl import threadpool_limits
-
-from tests.serving.tiny_model import write_model
 
 
 @pytest.fixture(scope="session")

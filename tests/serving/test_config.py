@@ -2,8 +2,8 @@ import json
 
 import numpy as np
 import pytest
+from serving.tiny_model import CONFIG, random_tensors
 
-from tests.serving.tiny_model import CONFIG, random_tensors
 from xccl.serving.config import ModelConfig
 from xccl.serving.weights import ModelWeights
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving.tiny_model import CONFIG, PlainModel
 
-from tests.serving.tiny_model import CONFIG, PlainModel
 from xccl.serving.batch import PREFILL_CHUNK, PrefillChunk, build_batch
 from xccl.serving.kv_cache import PagedKVCache
 from xccl.serving.local_experts import LocalExperts

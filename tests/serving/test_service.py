@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from serving.tiny_model import CONFIG
 
 import xccl
-from tests.serving.tiny_model import CONFIG
 from xccl.serving.check import first_difference
 from xccl.serving.request import Request, SamplingParams
 from xccl.serving.service import (

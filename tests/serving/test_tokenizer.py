@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from serving.tiny_model import byte_tokenizer
 
-from tests.serving.tiny_model import byte_tokenizer
 from xccl.serving.tokenizer import TextStream, Tokenizer
 
 
