@@ -55,13 +55,13 @@ typedef struct headers_t {
 } headers_t;
 
 /* A member that sends in this operation, though no message is expected from it: it has another root. */
-static bool finds_second_root(xccl_coll_t *coll) {
+static bool finds_second_root(xccl_coll_t *coll, int root) {
     for (int i = 0; i < coll->size - 1; i++) {
-        const xccl_coll_header_t *header = xccl_coll_header(coll, coll->order[i]);
-        if (has_come(coll, coll->order[i]) && xccl_gas_load(&header->epoch) == coll->epoch) {
-            coll->differs = coll->order[i];
-            return true;
-        }
+        int pe = coll->order[i];
+        if (pe == root || !has_come(coll, pe) || xccl_gas_load(&xccl_coll_header(coll, pe)->epoch) != coll->epoch)
+            continue;
+        coll->differs = pe;
+        return true;
     }
     return false;
 }
@@ -71,7 +71,7 @@ static bool headers_ready(void *arg) {
     for (; wait->next < wait->count; wait->next++) {
         int pe = wait->members[wait->next];
         if (!has_come(wait->coll, pe))
-            return wait->count < wait->coll->size - 1 && finds_second_root(wait->coll);
+            return wait->count < wait->coll->size - 1 && finds_second_root(wait->coll, pe);
         if (!xccl_coll_agrees(wait->coll, pe, xccl_coll_header(wait->coll, pe))) {
             wait->coll->differs = pe;
             return true;

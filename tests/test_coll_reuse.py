@@ -48,6 +48,15 @@ def test_an_early_root_does_not_overwrite_what_is_being_read(comm: xccl.Communic
         buf[:] = -1
 
 
+@ranks(3, 8)
+def test_roots_take_turns(comm: xccl.Communicator) -> None:
+    """A message that comes while a rank looks around is not taken for one of another root."""
+    buf = np.zeros(1, np.int64)
+    for turn in range(2000):
+        buf[0] = turn if comm.rank == turn % comm.size else -1
+        assert comm.broadcast(buf, turn % comm.size)[0] == turn
+
+
 @ranks(2, 3, 6)
 def test_a_late_reader_gets_the_old_contents(comm: xccl.Communicator) -> None:
     """The caller changes its array as soon as a call returns, while others may still be in it (class 7)."""
