@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from mpi.make_env import EnvironmentFailed, MpiEnvironment, make
 
 PROGRAMS = Path(__file__).parent / "mpi"
-sys.path.insert(0, str(PROGRAMS))
-
-from make_env import EnvironmentFailed, MpiEnvironment, make  # noqa: E402
-
 TIMEOUT = 240
 
 

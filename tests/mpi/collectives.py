@@ -11,9 +11,9 @@ from mpi4py import MPI
 import xccl
 
 
-def moves(ours: xccl.Communicator, theirs: Any) -> None:
+def moves(ours: xccl.Communicator, theirs: Any, dtypes: list[str] = MOVED) -> None:
     n, me = ours.size, ours.rank
-    for turn, (name, count) in enumerate((name, count) for name in MOVED for count in COUNTS):
+    for turn, (name, count) in enumerate((name, count) for name in dtypes for count in COUNTS):
         x = values(me, turn, (n, count), name)
         out = np.empty_like(x)
         theirs.Alltoall(x, out)
@@ -28,9 +28,9 @@ def moves(ours: xccl.Communicator, theirs: Any) -> None:
         ours.barrier()
 
 
-def moves_of_different_lengths(ours: xccl.Communicator, theirs: Any) -> None:
+def moves_of_different_lengths(ours: xccl.Communicator, theirs: Any, dtypes: list[str] = MOVED) -> None:
     n, me = ours.size, ours.rank
-    for turn, (name, most) in enumerate((name, most) for name in MOVED for most in COUNTS):
+    for turn, (name, most) in enumerate((name, most) for name in dtypes for most in COUNTS):
         counts = np.random.default_rng(turn).integers(0, most + 1, (n, n))
         counts[turn % n] = 0  # one rank sends nothing
         send, receive = counts[me], counts[:, me]
@@ -44,9 +44,9 @@ def moves_of_different_lengths(ours: xccl.Communicator, theirs: Any) -> None:
         check(ours.all_to_all_v(x, send, receive), out, "all_to_all_v with recv_counts", name, most)
 
 
-def reductions(ours: xccl.Communicator, theirs: Any) -> None:
+def reductions(ours: xccl.Communicator, theirs: Any, dtypes: list[str] = REDUCED) -> None:
     n, me = ours.size, ours.rank
-    for turn, (name, count) in enumerate((name, count) for name in REDUCED for count in COUNTS):
+    for turn, (name, count) in enumerate((name, count) for name in dtypes for count in COUNTS):
         x = values(me, turn, (n, count), name)
         for word, op in MPI_OPS.items():
             out = np.empty_like(x)
@@ -80,8 +80,8 @@ def groups(comm: xccl.Communicator) -> None:
         assert ours is not None
         if (ours.rank, ours.size) != (theirs.rank, theirs.size):
             raise AssertionError(f"split: {ours.rank} of {ours.size}, MPI {theirs.rank} of {theirs.size}")
-        moves_of_different_lengths(ours, theirs)
-        reductions(ours, theirs)
+        for compare in (moves, moves_of_different_lengths, reductions):
+            compare(ours, theirs, ["float64"])
         ours.close()
         theirs.Free()
 
