@@ -12,7 +12,7 @@ import torch
 from model import Config, TinyMoE
 from optimizer import Muon
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from text import Document, load
 from tokenizer import END_OF_TEXT
 from tokenizers import Tokenizer
@@ -46,15 +46,15 @@ def windows(stream: np.ndarray, length: int, batch: int, seed: int) -> Iterator[
             yield torch.from_numpy(stream[rows])
 
 
-def optimizers(model: TinyMoE) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks; AdamW for embedding, head, routers and norms."""
+def optimizers(model: TinyMoE, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks; AdamW for embedding, head, routers, norms."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         outside = name.startswith(("embed.", "head.")) or ".router." in name or parameter.ndim == 1
         (rest if outside else matrices).append(parameter)
     return [
-        Muon(matrices, lr=MUON_RATE),
-        torch.optim.AdamW(rest, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        Muon(matrices, lr=rate * MUON_RATE),
+        torch.optim.AdamW(rest, lr=rate * ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 
 
@@ -75,15 +75,17 @@ def balance(model: TinyMoE) -> None:
         block.router.bias += BIAS_STEP * ((relative < LOAD_LOW).float() - (relative > LOAD_HIGH).float())
 
 
-def train(model: TinyMoE, stream: np.ndarray, *, steps: int, batch: int, seed: int) -> Iterator[dict[str, float]]:
+def train(
+    model: TinyMoE, stream: np.ndarray, *, steps: int, batch: int, seed: int, rate: float
+) -> Iterator[dict[str, float]]:
     """Train in place; yield each step's losses in nats a token."""
     batches = windows(stream, model.config.max_context, batch, seed)
-    chosen_optimizers = optimizers(model)
+    chosen_optimizers = optimizers(model, rate)
     rates = [group["lr"] for optimizer in chosen_optimizers for group in optimizer.param_groups]
     for step in range(steps):
         groups = [group for optimizer in chosen_optimizers for group in optimizer.param_groups]
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate * (1 - step / steps)
+        for group, first in zip(groups, rates, strict=True):
+            group["lr"] = first * (1 - step / steps)
         main, mtp = losses(model, next(batches))
         (main + MTP_LOSS_WEIGHT * mtp).backward()
         for optimizer in chosen_optimizers:
@@ -99,11 +101,14 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_file(str(args.data / "tokenizer.json"))
     stream = token_stream(load(args.data / "train.jsonl"), tokenizer)
     model = TinyMoE(Config(eot_token=tokenizer.token_to_id(END_OF_TEXT)))
+    if args.start:
+        model.load_state_dict(load_file(args.start))
     args.out.mkdir(parents=True, exist_ok=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns) as bar, (args.out / "losses.jsonl").open("w", buffering=1) as log:
         task = bar.add_task("", total=args.steps)
-        for report in train(model, stream, steps=args.steps, batch=args.batch, seed=args.seed):
+        schedule = {name: getattr(args, name) for name in ("steps", "batch", "seed", "rate")}
+        for report in train(model, stream, **schedule):
             log.write(json.dumps(report) + "\n")
             bar.update(task, advance=1, description=f"loss {report['loss']:.3f} mtp {report['mtp_loss']:.3f}")
     save_file(model.state_dict(), args.out / "weights.safetensors")
@@ -116,6 +121,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch", type=int, default=8, help="windows of 256 tokens a step")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=1.0, help="scales the learning rates")
+    parser.add_argument("--start", type=Path, help="weights to go on from, instead of random ones")
     args = parser.parse_args()
     # More threads would change the order of sums from machine to machine, and with it the result.
     torch.set_num_threads(1)
