@@ -71,8 +71,8 @@ def test_about_four_percent_of_documents_are_held_out(text_module: ModuleType) -
     assert 0.03 < sum(d.held_out() for d in documents) / 5000 < 0.05
 
 
-def train(data: Path, out: Path, seed: int) -> tuple[bytes, bytes]:
-    run("train.py", "--data", data, "--out", out, "--steps", "3", "--batch", "2", "--seed", str(seed))
+def train(data: Path, out: Path, seed: int, *more: str | Path) -> tuple[bytes, bytes]:
+    run("train.py", "--data", data, "--out", out, "--steps", "3", "--batch", "2", "--seed", str(seed), *more)
     return (out / "weights.safetensors").read_bytes(), (out / "losses.jsonl").read_bytes()
 
 
@@ -83,6 +83,15 @@ def test_training_repeats_bit_for_bit_by_seed(data: Path, tmp_path: Path) -> Non
     other = train(data, tmp_path / "other", seed=2)
     assert first[0] != other[0]
     assert first[1] != other[1]
+
+
+@needs_torch
+def test_training_goes_on_from_given_weights(data: Path, tmp_path: Path) -> None:
+    weights, _ = train(data, tmp_path / "first", seed=1)
+    start = ("--start", tmp_path / "first" / "weights.safetensors")
+    # A later --steps replaces the 3 of `train`.
+    assert train(data, tmp_path / "nothing", 2, *start, "--steps", "0")[0] == weights
+    assert train(data, tmp_path / "more", 2, *start)[0] != weights
 
 
 @needs_torch
