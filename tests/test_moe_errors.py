@@ -96,12 +96,15 @@ def test_bad_constructor_arguments(comm: xccl.Communicator) -> None:
         ("num_topk is 0, expected 1 to", {"num_topk": 0}),
         ("num_max_tokens_per_rank is -1, expected 0 to", {"num_max_tokens_per_rank": -1}),
         ("num_experts must be a 64-bit integer, got 2.5", {"num_experts": 2.5}),
-        ("dtype is float64, expected one of float32, float16, bfloat16", {"dtype": np.float64}),
+        ("dtype is 'float64', expected one of float32, float16, bfloat16", {"dtype": "float64"}),
+        ("dtype is 'fp8', expected one of", {"dtype": "fp8"}),
         ("quant is 'fp8', expected None or 'int8'", {"quant": "fp8"}),
         ("expert_map is int64 [3], expected the rank of each expert: integers [4]", {"expert_map": [0, 0, 0]}),
         ("expert_map is float64 [4]", {"expert_map": [0.0] * 4}),
         ("expert_map[2] is 1, expected a rank from 0 to 0", {"expert_map": [0, 0, 1, 0]}),
         ("expert_map[1] is -1, expected a rank from 0 to 0", {"expert_map": [0, -1, 0, 0]}),
+        ("expert_map[3] is 4294967296, expected a rank", {"expert_map": [0, 0, 0, 1 << 32]}),
+        ("num_experts is 1099511627776, expected 1 to", {"num_experts": 1 << 40}),
         ("num_max_tokens_per_rank * num_topk is 4294967296", {"num_max_tokens_per_rank": 1 << 31 - 1, "num_topk": 4}),
     ):
         refuses(message, lambda changed=changed: open_small(comm, **changed))

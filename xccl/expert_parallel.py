@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -18,7 +18,8 @@ from xccl.moe_handle import Handle, Hook
 from xccl.row_pool import RowPool
 
 Array = np.ndarray[Any, Any]
-Received = tuple[Array, Handle] | tuple[tuple[Array, NDArray[np.float32]], Handle]
+Rows = tuple[Array, Handle]
+RawRows = tuple[tuple[NDArray[np.int8], NDArray[np.float32]], Handle]  # with dequantize=False
 
 _INT8 = np.dtype(np.int8)
 _INT64 = np.dtype(np.int64)
@@ -125,6 +126,30 @@ class ExpertParallel:
 
     # ---- dispatch ----
 
+    @overload
+    def dispatch(
+        self,
+        x: Array,
+        topk_idx: NDArray[np.int64],
+        topk_weights: NDArray[np.float32] | None = ...,
+        *,
+        out: Array | None = ...,
+        dequantize: Literal[True] = ...,
+        timeout: float | None = ...,
+    ) -> Rows: ...
+
+    @overload
+    def dispatch(
+        self,
+        x: Array,
+        topk_idx: NDArray[np.int64],
+        topk_weights: NDArray[np.float32] | None = ...,
+        *,
+        out: Array | None = ...,
+        dequantize: Literal[False],
+        timeout: float | None = ...,
+    ) -> RawRows: ...
+
     def dispatch(
         self,
         x: Array,
@@ -134,7 +159,7 @@ class ExpertParallel:
         out: Array | None = None,
         dequantize: bool = True,
         timeout: float | None = None,
-    ) -> Received:
+    ) -> Rows | RawRows:
         """Sends each token to the ranks of its experts, and receives the tokens of this rank's experts. Collective.
 
         Parameters
@@ -168,6 +193,30 @@ class ExpertParallel:
             self._fail("dispatch", error)
             raise
 
+    @overload
+    def dispatch_async(
+        self,
+        x: Array,
+        topk_idx: NDArray[np.int64],
+        topk_weights: NDArray[np.float32] | None = ...,
+        *,
+        out: Array | None = ...,
+        dequantize: Literal[True] = ...,
+        timeout: float | None = ...,
+    ) -> Hook[Rows]: ...
+
+    @overload
+    def dispatch_async(
+        self,
+        x: Array,
+        topk_idx: NDArray[np.int64],
+        topk_weights: NDArray[np.float32] | None = ...,
+        *,
+        out: Array | None = ...,
+        dequantize: Literal[False],
+        timeout: float | None = ...,
+    ) -> Hook[RawRows]: ...
+
     def dispatch_async(
         self,
         x: Array,
@@ -177,7 +226,7 @@ class ExpertParallel:
         out: Array | None = None,
         dequantize: bool = True,
         timeout: float | None = None,
-    ) -> Hook[Received]:
+    ) -> Hook[Any]:
         """As dispatch, but returns once this rank's tokens are sent; `hook()` waits and returns (recv_x, handle).
 
         Two dispatches may be in flight; a third raises XcclUsageError. x, topk_idx and topk_weights may be
@@ -211,7 +260,7 @@ class ExpertParallel:
         self._in_flight[result] = None
         return result
 
-    def _receive(self, handle: Handle, out: Array | None, dequantize: bool, timeout: float | None) -> Received:
+    def _receive(self, handle: Handle, out: Array | None, dequantize: bool, timeout: float | None) -> Rows | RawRows:
         group = self._group("dispatch")
         num_recv = ffi.new("int64_t *")
         counts = np.empty(self.num_local_experts, np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
@@ -47,10 +48,11 @@ class BufferBytes(NamedTuple):
 
 def row_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     """The dtype of rows; raises XcclUsageError unless it is float32, float16 or bfloat16."""
-    kind = np.dtype(dtype)
-    if kind not in _DTYPES:
-        raise XcclUsageError(f"ExpertParallel: dtype is {kind}, expected one of {', '.join(map(str, _DTYPES))}")
-    return kind
+    with contextlib.suppress(TypeError):  # NumPy does not know it
+        kind = np.dtype(dtype)
+        if kind in _DTYPES:
+            return kind
+    raise XcclUsageError(f"ExpertParallel: dtype is {dtype!r}, expected one of {', '.join(map(str, _DTYPES))}")
 
 
 def make_config(
@@ -79,14 +81,19 @@ def make_config(
     config.num_experts, config.hidden = num_experts, hidden
     config.num_topk, config.num_max_tokens = num_topk, num_max_tokens_per_rank
     config.dtype, config.quant, config.simd = _DTYPES[row_dtype(dtype)], _QUANTS[quant], _SIMD[rc.simd]
-    if num_experts < 1 or num_ranks < 1:
+    if not 1 <= num_experts < 1 << 31 or num_ranks < 1:
         return config, np.zeros(1, np.int32)  # refused by the C core
-    if expert_map is None:
-        return config, default_expert_map(num_experts, num_ranks)
-    owner = np.asarray(expert_map)
+    owner = default_expert_map(num_experts, num_ranks) if expert_map is None else np.asarray(expert_map)
     if owner.shape != (num_experts,) or owner.dtype.kind not in "iu":
         raise XcclUsageError(
             f"ExpertParallel: expert_map is {owner.dtype} {list(owner.shape)}, expected the rank of each expert: "
             f"integers [{num_experts}]"
         )
-    return config, owner.astype(np.int32)
+    wrong = np.flatnonzero((owner < 0) | (owner >= num_ranks))
+    if len(wrong):
+        raise XcclUsageError(
+            f"ExpertParallel: expert_map[{wrong[0]}] is {owner[wrong[0]]}, expected a rank from 0 to {num_ranks - 1}"
+        )
+    owner = owner.astype(np.int32)
+    owner.flags.writeable = False
+    return config, owner
