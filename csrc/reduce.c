@@ -3,6 +3,8 @@
 #include <stdbool.h>
 #include <string.h>
 
+#include "kernel.h"
+
 /* Elements per step: the accumulator stays in the first-level cache while the sources stream through. */
 enum { TILE = 1024, MAX_ITEMSIZE = 8 };
 
@@ -74,72 +76,6 @@ static const struct {
     [XCCL_BYTES] = {1, {NULL}},
 };
 
-/* ---- 16-bit floats ---- */
-
-static float float_of_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static uint32_t bits_of_float(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static float from_bfloat16(uint16_t h) {
-    return float_of_bits((uint32_t)h << 16);
-}
-
-/* To nearest even: adding 0x7fff plus the last bit kept carries exactly when it should. NaN becomes ml_dtypes' one. */
-static uint16_t to_bfloat16(float value) {
-    uint32_t bits = bits_of_float(value);
-    if (value != value)
-        return (uint16_t)((bits >> 16 & 0x8000) | 0x7fc0);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-/* Exponent and mantissa of the half, placed in a float, are its value times 2^-112; the multiplication is exact and
- * also makes subnormal halves right. */
-static float from_float16(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
-    uint32_t bits = bits_of_float(float_of_bits(rest << 13) * 0x1p112f);
-    if (rest >= 0x7c00) /* inf, NaN */
-        bits = (rest << 13) | 0x7f800000;
-    return float_of_bits(bits | sign);
-}
-
-/* To nearest even. Subnormal halves: adding 0.5 lets the float adder round at 2^-24, the spacing of halves there. */
-static uint16_t to_float16(float value) {
-    uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-    if (rest > 0x7f800000) /* NaN keeps the upper bits of its payload, as NumPy does */
-        return (uint16_t)(sign | 0x7c00 | ((rest >> 13 & 0x3ff) ? (rest >> 13 & 0x3ff) : 1));
-    if (rest >= 0x477ff000) /* 65520 and more round to infinity */
-        return (uint16_t)(sign | 0x7c00);
-    if (rest < 0x38800000) /* below 2^-14 */
-        return (uint16_t)(sign | (bits_of_float(float_of_bits(rest) + 0.5f) - 0x3f000000));
-    return (uint16_t)(sign | ((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13));
-}
-
-static void widen(xccl_dtype_t dtype, float *to, const uint16_t *from, uint64_t count) {
-    if (dtype == XCCL_BFLOAT16)
-        for (uint64_t i = 0; i < count; i++)
-            to[i] = from_bfloat16(from[i]);
-    else
-        for (uint64_t i = 0; i < count; i++)
-            to[i] = from_float16(from[i]);
-}
-
-static void narrow(xccl_dtype_t dtype, uint16_t *to, const float *from, uint64_t count) {
-    if (dtype == XCCL_BFLOAT16)
-        for (uint64_t i = 0; i < count; i++)
-            to[i] = to_bfloat16(from[i]);
-    else
-        for (uint64_t i = 0; i < count; i++)
-            to[i] = to_float16(from[i]);
-}
-
 /* ---- all sources ---- */
 
 uint64_t xccl_reduce_itemsize(xccl_dtype_t dtype) {
@@ -152,13 +88,14 @@ int xccl_reduce_supports(xccl_dtype_t dtype, xccl_reduce_op_t op) {
 
 static void reduce_tile_16(xccl_dtype_t dtype, accumulate_t step, void *out, const void *const *sources,
                            int num_sources, uint64_t first, uint64_t count) {
+    const xccl_kernel_t *kernel = xccl_kernel_get(XCCL_SIMD_AUTO);
     float accumulator[TILE], next[TILE];
-    widen(dtype, accumulator, (const uint16_t *)sources[0] + first, count);
+    kernel->to_float32(dtype, accumulator, (const uint16_t *)sources[0] + first, count);
     for (int s = 1; s < num_sources; s++) {
-        widen(dtype, next, (const uint16_t *)sources[s] + first, count);
+        kernel->to_float32(dtype, next, (const uint16_t *)sources[s] + first, count);
         step(accumulator, next, count);
     }
-    narrow(dtype, (uint16_t *)out + first, accumulator, count);
+    kernel->from_float32(dtype, (uint16_t *)out + first, accumulator, count);
 }
 
 static void reduce_tile(uint64_t itemsize, accumulate_t step, void *out, const void *const *sources, int num_sources,
