@@ -201,6 +201,14 @@ def test_ranks_without_tokens_take_part(comm: xccl.Communicator) -> None:
             np.testing.assert_array_equal(combined, 2 * x)
 
 
+@ranks(1, 3)
+def test_a_group_that_may_not_send_at_all(comm: xccl.Communicator) -> None:
+    with Layer(comm.size, 2, 5, 1, 0, DTYPES[2], "int8", None).open(comm) as ep:
+        for _ in range(5):
+            recv_x, handle = ep.dispatch(np.zeros((0, 5), DTYPES[2]), np.zeros((0, 1), np.int64))
+            assert recv_x.shape == ep.combine(recv_x, handle).shape == (0, 5)
+
+
 @ranks(4, 6)
 def test_sub_communicators_do_not_mix(comm: xccl.Communicator) -> None:
     """Two halves work at their own pace on groups of their own, beside a group of all."""
