@@ -149,6 +149,8 @@ def _prepare(args: argparse.Namespace) -> tuple[list[str], list[Request], Tokeni
     missing = [name for name in _MODEL_FILES if not (args.model / name).is_file()]
     if missing:
         raise _InputError(f"model folder {args.model} has no {', '.join(missing)}")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise _InputError(f"cannot write {args.json}: no such folder")
     try:
         sampling = SamplingParams(args.max_tokens, args.temperature, args.top_p, args.seed)
         config = ModelConfig.load(args.model / "config.json")

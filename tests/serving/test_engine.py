@@ -1,10 +1,13 @@
 """The serving loop in one process: texts do not depend on how they are batched."""
 
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving.tiny_model import CONFIG, PlainModel
+from safetensors.numpy import load_file, save_file
 
 from xccl.serving.request import Request, SamplingParams
 from xccl.serving.service import ServiceOptions, serve_reference
@@ -93,6 +96,22 @@ def test_equal_prompts_get_different_texts_and_seeds_matter(tiny_model):
     assert first[0] != first[1] != first[2]
     assert texts(1) == first
     assert texts(2) != first
+
+
+def test_drafts_share_the_noise_of_their_verification(tiny_model, tmp_path):
+    """Equal logits everywhere: noise alone decides, so every draft is right, an end of text too."""
+    tensors = load_file(tiny_model / "model.safetensors")
+    tensors["head.weight"][:] = 0
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    sampling = SamplingParams(max_tokens=40, temperature=1.0, seed=8)
+    requests = [Request(i, (1, 2, 3), sampling) for i in range(60)]
+    result = serve_reference(requests, ServiceOptions(tmp_path))
+    assert result.drafted == result.accepted > 0
+    ended_early = [output for output in result.outputs if output.finish_reason == "stop"]
+    assert len(ended_early) > 4
+    assert all(output.tokens.index(CONFIG["eot_token"]) == len(output.tokens) - 1 for output in ended_early)
+    assert tokens(serve(tmp_path, requests, mtp=False)) == {o.request_id: o.tokens for o in result.outputs}
 
 
 def test_reports_carry_every_token_in_order(tiny_model):

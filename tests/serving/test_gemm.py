@@ -33,6 +33,21 @@ def test_grouped_uses_each_groups_matrix(gemm, counts, seed):
     np.testing.assert_allclose(out[:rows], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("gemm", GEMMS)
+def test_grouped_rows_have_the_bits_of_linear_rows(gemm):
+    """A group of one row too, which BLAS would treat in another way."""
+    rng = np.random.default_rng(2)
+    counts = [1, 0, 3, 1, 8, 1]
+    rows, slack = sum(counts), gemm.min_rows - 1
+    x = rng.standard_normal((rows + slack, 128), np.float32)
+    w = rng.standard_normal((len(counts), 128, 64), np.float32)
+    out = np.empty((rows + slack, 64), np.float32)
+    gemm.grouped(x, counts, w, out)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    expected = [gemm.linear(x[i : i + 1], w[owner[i]]) for i in range(rows)]
+    assert np.array_equal(out[:rows], np.concatenate(expected))
+
+
 def test_probe_finds_a_form_whose_rows_do_not_depend_on_the_batch():
     gemm = probe([(128, 64), (32, 128)])
     assert gemm.row_stable

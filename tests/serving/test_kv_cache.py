@@ -46,10 +46,14 @@ def test_reserve_is_all_or_nothing_and_release_gives_all_back():
     assert cache.reserve(1, 5 * BLOCK_TOKENS)
 
 
-def test_context_beyond_the_reservation_is_finite():
+def test_context_beyond_the_reservation_is_that_of_the_null_block():
+    """Also when the slot had more blocks before."""
     cache = PagedKVCache(1, 1, 128, 4, num_blocks=8)
+    assert cache.reserve(0, 128)
+    cache.write(0, cache.row_index(np.zeros(128, np.int64), np.arange(128)), np.ones((128, 4), np.float32))
+    cache.release(0)
     assert cache.reserve(0, 5)
-    assert np.isfinite(cache.gather(0, np.array([0]), 128)).all()
+    assert not cache.gather(0, np.array([0]), 128)[0, BLOCK_TOKENS:].any()
 
 
 def test_blocks_for():
