@@ -13,11 +13,12 @@ from xccl.serving.config import ModelConfig
 from xccl.serving.request import Request, SamplingParams
 from xccl.serving.tokenizer import Tokenizer
 
+# in the form of the training text: a chapter's or scene's heading, then its beginning
 BUILT_IN = (
-    "In the beginning",
-    "And the LORD said unto Moses,",
-    "ROMEO. But soft, what light",
-    "The king's name is",
+    "Genesis 51\n\n1 And it came to pass in the days of",
+    "SCENE 1. A street in London\n\n[Enter HAMLET and FALSTAFF.]\n\nHAMLET.\n",
+    "Psalms 151\n\n1 O sing unto the LORD, for",
+    "ROMEO.\nBut soft, what light",
 )
 
 # a pipe that nobody writes to must not stop the command for ever
