@@ -200,6 +200,7 @@ def _check(
 ) -> dict[str, Any]:
     """Run the reference, say in words whether the texts are the same and how the speeds compare."""
     from xccl.serving.check import first_difference
+    from xccl.serving.report import counted
     from xccl.serving.service import serve_reference
     from xccl.serving.statistics import summarise
     from xccl.serving.streaming import CountBar
@@ -213,7 +214,8 @@ def _check(
     if difference is None:
         console.print(
             f"check passed: {ranks.requests} requests, {ranks.tokens} tokens, all the same as those of one process "
-            "without communication"
+            "without communication",
+            soft_wrap=True,
         )
     else:
         got, expected = (
@@ -224,15 +226,18 @@ def _check(
             f"check {'failed' if stable else 'found a difference'}: request {difference.request_id} differs at its "
             f"token {difference.index}: {got}, one process says {expected}",
             highlight=False,
+            soft_wrap=True,
         )
     if not stable:
         console.print(
             "This BLAS gives a row other bits in another batch, so equality cannot be demanded here; a difference "
-            "is no failure."
+            "is no failure.",
+            soft_wrap=True,
         )
     console.print(
-        f"{len(results)} ranks: {ranks.tokens_per_second:.0f} tokens/s, one process: "
-        f"{single.tokens_per_second:.0f} tokens/s at the same batch, ratio {ratio:.2f}"
+        f"{counted(len(results), 'rank')}: {ranks.tokens_per_second:.0f} tokens/s, one process: "
+        f"{single.tokens_per_second:.0f} tokens/s at the same batch, ratio {ratio:.2f}",
+        soft_wrap=True,
     )
     return {
         "passed": difference is None or not stable,

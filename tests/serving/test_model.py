@@ -16,7 +16,7 @@ NONE = np.empty(0, np.int64)
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return MoEModel.load(tiny_model, LocalExperts(CONFIG["num_experts"], None), slice(0, CONFIG["num_experts"]))
+    return MoEModel.load(tiny_model, LocalExperts(CONFIG["num_experts"], None), np.arange(CONFIG["num_experts"]))
 
 
 @pytest.fixture(scope="module")

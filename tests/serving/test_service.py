@@ -11,7 +11,6 @@ from xccl.serving.check import first_difference
 from xccl.serving.request import Request, SamplingParams
 from xccl.serving.service import (
     ServiceOptions,
-    experts_of_rank,
     requests_of_rank,
     serve_rank,
     serve_reference,
@@ -115,10 +114,3 @@ def test_slots_and_requests_are_dealt_out_completely(batch, size, count):
     assert sum(slots) == batch
     assert sorted(r.request_id for part in owned for r in part) == list(range(count))
     assert all(slots[rank] for rank in range(size) if owned[rank])
-
-
-@given(experts=st.integers(1, 70), size=st.integers(1, 20))
-def test_experts_are_placed_as_expert_parallel_places_them(experts, size):
-    owner = xccl.reference.default_expert_map(experts, size)
-    for rank in range(size):
-        assert np.flatnonzero(owner == rank).tolist() == list(range(experts)[experts_of_rank(experts, rank, size)])

@@ -29,7 +29,7 @@ class MoEModel:
     Every method that runs a MoE block is collective over the ranks of the transport.
     """
 
-    def __init__(self, weights: ModelWeights, transport: ExpertTransport, local_experts: slice) -> None:
+    def __init__(self, weights: ModelWeights, transport: ExpertTransport, local_experts: IntArray) -> None:
         config = weights.config
         self.config = config
         self.gemm: RowGemm = probe(gemm_shapes(config))
@@ -49,7 +49,7 @@ class MoEModel:
         self._mtp_final_norm = weights.tensor("mtp.final_norm.weight", *hidden)
 
     @classmethod
-    def load(cls, folder: Path, transport: ExpertTransport, local_experts: slice) -> MoEModel:
+    def load(cls, folder: Path, transport: ExpertTransport, local_experts: IntArray) -> MoEModel:
         """Load config.json and model.safetensors from a folder."""
         config = ModelConfig.load(folder / "config.json")
         return cls(ModelWeights.load(folder / "model.safetensors", config), transport, local_experts)
@@ -93,7 +93,9 @@ class MoEModel:
 class _LayerBuilder:
     """Makes decoder layers from the tensors of a model file."""
 
-    def __init__(self, weights: ModelWeights, transport: ExpertTransport, local_experts: slice, gemm: RowGemm) -> None:
+    def __init__(
+        self, weights: ModelWeights, transport: ExpertTransport, local_experts: IntArray, gemm: RowGemm
+    ) -> None:
         self._weights = weights
         self._transport = transport
         self._local = local_experts

@@ -9,7 +9,7 @@ from xccl.serving.statistics import Summary
 
 def summary_table(summary: Summary) -> Table:
     """Figures of a run as a two-column table; a figure without data is a dash."""
-    table = Table(title=f"xccl serve: {_counted(summary.ranks, 'rank')}", title_justify="left", show_header=False)
+    table = Table(title=f"xccl serve: {counted(summary.ranks, 'rank')}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     rows = [
@@ -31,7 +31,8 @@ def summary_table(summary: Summary) -> Table:
     return table
 
 
-def _counted(count: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
+    """Count and noun, "1 rank" or "2 ranks"."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
+
+import numpy as np
 
 import xccl
+from xccl.serving.arrays import IntArray
 from xccl.serving.config import ModelConfig
 from xccl.serving.engine import PREFILL_ROWS, Engine, EngineOptions
 from xccl.serving.exchange import StepExchange, StepReport
@@ -46,13 +50,6 @@ def requests_of_rank(requests: Sequence[Request], batch: int, rank: int, size: i
     return list(requests[rank::owners]) if rank < owners else []
 
 
-def experts_of_rank(num_experts: int, rank: int, size: int) -> slice:
-    """The default map of ``xccl.ExpertParallel``: contiguous blocks, larger ones first."""
-    base, extra = divmod(num_experts, size)
-    start = rank * base + min(rank, extra)
-    return slice(start, start + base + (rank < extra))
-
-
 def serve_rank(
     comm: xccl.Communicator, requests: Sequence[Request], options: ServiceOptions, on_report: OnReport | None = None
 ) -> RankResult:
@@ -70,10 +67,11 @@ def serve_rank(
     )
     engine = _engine(
         config,
-        transport,
+        # without dequantize=False, the rows are one array
+        cast(ExpertTransport, transport),
         options,
         slots_of_rank(options.batch, comm.rank, comm.size),
-        experts_of_rank(config.num_experts, comm.rank, comm.size),
+        transport.local_experts,
         on_report,
         StepExchange(comm, 2 * slots),
     )
@@ -87,7 +85,7 @@ def serve_reference(
     """Serve all requests in this process, without any communication: what every other run must equal."""
     config = ModelConfig.load(options.model / "config.json")
     transport = LocalExperts(config.num_experts, options.quant)
-    engine = _engine(config, transport, options, options.batch, experts_of_rank(config.num_experts, 0, 1), on_report)
+    engine = _engine(config, transport, options, options.batch, np.arange(config.num_experts), on_report)
     return engine.run(requests)
 
 
@@ -96,7 +94,7 @@ def _engine(
     transport: ExpertTransport,
     options: ServiceOptions,
     slots: int,
-    local_experts: slice,
+    local_experts: IntArray,
     on_report: OnReport | None,
     exchange: StepExchange | None = None,
 ) -> Engine:

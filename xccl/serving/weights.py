@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xccl.serving.arrays import FloatArray
+from xccl.serving.arrays import FloatArray, IntArray
 from xccl.serving.attention import AttentionWeights
 from xccl.serving.config import ModelConfig
 from xccl.serving.rope import even_odd_order
@@ -59,8 +59,8 @@ class ModelWeights:
         down = self.tensor(f"{prefix}.down.weight", width, self.config.hidden)
         return np.concatenate([gate, up], axis=1), down
 
-    def experts(self, prefix: str, local: slice) -> tuple[FloatArray, FloatArray]:
-        """(gate_up, down) of the experts in ``local``, stacked on axis 0."""
+    def experts(self, prefix: str, local: IntArray) -> tuple[FloatArray, FloatArray]:
+        """(gate_up, down) of the experts whose ids are in ``local``, stacked on axis 0."""
         c = self.config
         gate = self.tensor(f"{prefix}.gate.weight", c.num_experts, c.hidden, c.expert_ffn)[local]
         up = self.tensor(f"{prefix}.up.weight", c.num_experts, c.hidden, c.expert_ffn)[local]
