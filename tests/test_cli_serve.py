@@ -29,6 +29,13 @@ def test_check_passes_and_says_so(model, capfd, ranks):
     assert "tokens/s" in out
 
 
+def test_the_shipped_model_is_the_default(capfd):
+    assert serve("--check", "--max-tokens", "6") == 0
+    out = capfd.readouterr().out
+    assert out.startswith("[0] Genesis 51")
+    assert "check passed: 4 requests" in out
+
+
 def test_check_fails_with_the_first_difference(model, capfd, monkeypatch):
     from xccl.serving import sampling
 

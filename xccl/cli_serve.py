@@ -124,7 +124,7 @@ def _serve(args: argparse.Namespace) -> int:
         model=args.model,
         batch=min(args.batch, len(requests)),
         mtp=args.mtp,
-        quant=None if args.quant == "none" else args.quant,
+        quant=None if args.quant == "none" else "int8",
         kv_blocks=args.kv_blocks,
     )
     # one BLAS thread a rank: the matrices are small, and more threads may sum in another order

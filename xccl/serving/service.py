@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 
 import xccl
+from xccl.expert_parallel import Quant
 from xccl.serving.arrays import IntArray
 from xccl.serving.config import ModelConfig
 from xccl.serving.engine import PREFILL_ROWS, Engine, EngineOptions
@@ -35,7 +36,7 @@ class ServiceOptions:
     model: Path
     batch: int = 64
     mtp: bool = True
-    quant: str | None = "int8"
+    quant: Quant = "int8"
     kv_blocks: int | None = None
 
 
