@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ import xccl
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from xccl.serving.exchange import StepReport
     from xccl.serving.request import Request
     from xccl.serving.service import ServiceOptions
     from xccl.serving.statistics import RankResult
@@ -185,6 +187,7 @@ def _serve_rank(
 
     printer = None
     if comm.rank == 0:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the texts has gone: end without a traceback
         config = ModelConfig.load(options.model / "config.json")
         tokenizer = Tokenizer.load(options.model / "tokenizer.json", config.eot_token)
         printer = TextPrinter(Console(), requests, prompts, tokenizer, config, _SHOWN_REQUESTS)
@@ -200,13 +203,19 @@ def _check(
 ) -> dict[str, Any]:
     """Run the reference, say in words whether the texts are the same and how the speeds compare."""
     from xccl.serving.check import first_difference
+    from xccl.serving.config import ModelConfig
     from xccl.serving.report import counted
     from xccl.serving.service import serve_reference
     from xccl.serving.statistics import summarise
-    from xccl.serving.streaming import CountBar
+    from xccl.serving.streaming import TokenBar
 
-    bar = CountBar(console, "single-process reference", len(requests))
-    reference = serve_reference(requests, options, lambda report: bar.update(report.num_unfinished))
+    bar = TokenBar(console, "single-process reference", requests, ModelConfig.load(options.model / "config.json"))
+
+    def show(report: StepReport) -> None:
+        bar.count(report)
+        bar.draw()
+
+    reference = serve_reference(requests, options, show)
     difference = first_difference([output for result in results for output in result.outputs], reference.outputs)
     ranks, single = summarise(results), summarise([reference])
     ratio = ranks.tokens_per_second / single.tokens_per_second

@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 
 import xccl
-from xccl.expert_parallel import Quant
+from xccl.moe_config import Quant
 from xccl.serving.arrays import IntArray
 from xccl.serving.config import ModelConfig
 from xccl.serving.engine import PREFILL_ROWS, Engine, EngineOptions
