@@ -114,7 +114,6 @@ def _require_extras() -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from threadpoolctl import threadpool_limits
 
     from xccl.serving.report import summary_table
     from xccl.serving.service import ServiceOptions
@@ -129,13 +128,10 @@ def _serve(args: argparse.Namespace) -> int:
         quant=None if args.quant == "none" else "int8",
         kv_blocks=args.kv_blocks,
     )
-    # one BLAS thread a rank: the matrices are small, and more threads may sum in another order
-    with threadpool_limits(1):
-        console.file.flush()
-        results = xccl.run(_serve_rank, args.ranks, requests, options, prompts, timeout=args.timeout)
-        summary = summarise(results)
-        console.print(summary_table(summary))
-        verdict = _check(console, requests, options, results, tokenizer) if args.check else None
+    results = xccl.run(_serve_rank, args.ranks, requests, options, prompts, timeout=args.timeout)
+    summary = summarise(results)
+    console.print(summary_table(summary))
+    verdict = _check(console, requests, options, results, tokenizer) if args.check else None
     if args.json is not None:
         _write_json(args, prompts, tokenizer, results, asdict(summary), verdict)
     return 0 if verdict is None or verdict["passed"] else 1

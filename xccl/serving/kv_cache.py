@@ -16,6 +16,7 @@ class BlockAllocator:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks, 0, -1))
+        self._held: set[int] = set()
 
     @property
     def num_free(self) -> int:
@@ -26,13 +27,16 @@ class BlockAllocator:
         """Take ``count`` blocks, or return None and take none if there are fewer."""
         if count > len(self._free):
             return None
-        return [self._free.pop() for _ in range(count)]
+        blocks = [self._free.pop() for _ in range(count)]
+        self._held.update(blocks)
+        return blocks
 
     def release(self, blocks: list[int]) -> None:
         """Give blocks back. Raises ValueError for a block that is free already or does not exist."""
         for block in blocks:
-            if not 1 <= block <= self.num_blocks or block in self._free:
+            if block not in self._held:
                 raise ValueError(f"block {block} is not allocated (the pool has 1 .. {self.num_blocks})")
+            self._held.remove(block)
             self._free.append(block)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 import xccl
 from xccl.moe_config import Quant
@@ -21,6 +22,9 @@ from xccl.serving.request import Request
 from xccl.serving.scheduler import max_step_rows
 from xccl.serving.statistics import MeasuredTransport, RankResult
 from xccl.serving.transport import ExpertTransport
+
+# the matrices are small, the ranks share the cores, and more threads may sum in another order
+BLAS_THREADS = 1
 
 OnReport = Callable[[StepReport], None]
 
@@ -66,18 +70,19 @@ def serve_rank(
         dtype="float32",
         quant=options.quant,
     )
-    engine = _engine(
-        config,
-        # without dequantize=False, the rows are one array
-        cast(ExpertTransport, transport),
-        options,
-        slots_of_rank(options.batch, comm.rank, comm.size),
-        transport.local_experts,
-        on_report,
-        StepExchange(comm, 2 * slots),
-    )
-    comm.barrier()
-    return engine.run(requests_of_rank(requests, options.batch, comm.rank, comm.size))
+    with threadpool_limits(BLAS_THREADS):
+        engine = _engine(
+            config,
+            # without dequantize=False, the rows are one array
+            cast(ExpertTransport, transport),
+            options,
+            slots_of_rank(options.batch, comm.rank, comm.size),
+            transport.local_experts,
+            on_report,
+            StepExchange(comm, 2 * slots),
+        )
+        comm.barrier()
+        return engine.run(requests_of_rank(requests, options.batch, comm.rank, comm.size))
 
 
 def serve_reference(
@@ -86,8 +91,9 @@ def serve_reference(
     """Serve all requests in this process, without any communication: what every other run must equal."""
     config = ModelConfig.load(options.model / "config.json")
     transport = LocalExperts(config.num_experts, options.quant)
-    engine = _engine(config, transport, options, options.batch, np.arange(config.num_experts), on_report)
-    return engine.run(requests)
+    with threadpool_limits(BLAS_THREADS):
+        engine = _engine(config, transport, options, options.batch, np.arange(config.num_experts), on_report)
+        return engine.run(requests)
 
 
 def _engine(
