@@ -3,7 +3,7 @@
 After a new training run:
 
     python examples/train_tiny_moe/export.py --data ... --weights ... --reference reference.npz
-    python -m tests.serving.shipped_reference reference.npz
+    python tests/serving/shipped_reference.py reference.npz
 """
 
 import hashlib

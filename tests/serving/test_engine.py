@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving.tiny_model import CONFIG, PlainModel
 from safetensors.numpy import load_file, save_file
+from serving.tiny_model import CONFIG, PlainModel
 
 from xccl.serving.request import Request, SamplingParams
 from xccl.serving.service import ServiceOptions, serve_reference

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from serving.shipped_reference import KEPT, MODEL, fingerprint
 
-from tests.serving.shipped_reference import KEPT, MODEL, fingerprint
 from xccl.serving.batch import PrefillChunk, build_batch
 from xccl.serving.kv_cache import PagedKVCache
 from xccl.serving.local_experts import LocalExperts
