@@ -101,9 +101,8 @@ typedef struct xccl_coll_peer_t {
     uint64_t out_bytes;
     unsigned char *in;
     uint64_t in_bytes, in_done;
-    int in_mode;
-    uint64_t in_offset[2], in_result[2],
-        in_chunk; /* from the header: its slot may be reused once the last unit is taken */
+    int in_mode; /* this and what follows is copied from the header: its slot may be reused once a unit is taken */
+    uint64_t in_offset[2], in_result[2], in_chunk;
 } xccl_coll_peer_t;
 
 typedef struct xccl_coll_t {
