@@ -64,6 +64,15 @@ static inline void xccl_gas_field_at(xccl_world_t *world, int rank, uint64_t at,
     xccl_ring(world, rank);
 }
 
+/* Stores `value` in the word at (rank, offset) if it equals `compare`. Returns what it was. Sequentially consistent. */
+static inline uint64_t xccl_gas_compare_swap_at(xccl_world_t *world, int rank, uint64_t offset, uint64_t compare,
+                                                uint64_t value) {
+    _Atomic uint64_t *word = xccl_gas_at(world, rank, offset);
+    if (atomic_compare_exchange_strong(word, &compare, value))
+        xccl_ring(world, rank);
+    return compare;
+}
+
 /* Acquire load of a word of the own window that a peer signals. */
 static inline uint64_t xccl_gas_load(const _Atomic uint64_t *word) {
     return atomic_load_explicit(word, memory_order_acquire);

@@ -17,7 +17,7 @@
 #include "xccl.h"
 #include "wait.h"
 
-enum { XCCL_LINE = 64, XCCL_PAGE = 4096, XCCL_MAX_CONTEXTS = 256, XCCL_AREAS = 3, XCCL_MAX_HOOKS = 16 };
+enum { XCCL_LINE = 64, XCCL_PAGE = 4096, XCCL_MAX_CONTEXTS = 256, XCCL_AREAS = 3, XCCL_MAX_HOOKS = XCCL_MAX_CONTEXTS };
 
 /* What a rank does; shown by hang reports and tools. Names in shm.c. */
 typedef enum xccl_op_t {
