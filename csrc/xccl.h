@@ -261,6 +261,57 @@ void xccl_gas_quiet(xccl_comm_t *comm);
 int xccl_gas_atomic(xccl_comm_t *comm, void *target, int width, xccl_atomic_op_t op, uint64_t value, uint64_t compare,
                     int pe, uint64_t *out_old);
 
+/* ---- p2p: send and receive ------------------------------------------------------------------------------ */
+
+enum { XCCL_ANY_SOURCE = -1, XCCL_ANY_TAG = -1 };
+
+typedef enum xccl_send_mode_t {
+    XCCL_SEND_DEFAULT = 0, /* complete when the buffer may be used again */
+    XCCL_SEND_SYNC = 1     /* complete when the receiver has acknowledged the message */
+} xccl_send_mode_t;
+
+/* What was received, or found by probe. */
+typedef struct xccl_message_t {
+    int32_t source;
+    int64_t tag;
+    uint64_t bytes;
+} xccl_message_t;
+
+typedef struct xccl_request_t xccl_request_t;
+
+/* Messages of one source and tag are received in the order of the sends. A tag is any number from 0 to INT64_MAX,
+ * the event id of the protocol. A large message, and any one from a large symmetric buffer (p2p_slot_bytes or more:
+ * the receiver copies it straight from there), completes only while the receiver receives it; smaller ones complete
+ * as long as the ring has room, and every message to the own rank does. A send that fails (timeout, interrupt, peer
+ * lost) withdraws its message, unless the status says otherwise, and leaves the communicator usable. */
+int xccl_p2p_send(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int dest, int64_t tag, xccl_send_mode_t mode,
+                  int64_t timeout_ns);
+
+/* Receives a message of exactly `bytes`. One of another size is a USAGE error that names both, and stays queued. A
+ * receive that fails consumes nothing. With XCCL_ANY_SOURCE the sources take turns. */
+int xccl_p2p_recv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, int64_t tag, int64_t timeout_ns,
+                  xccl_message_t *out);
+
+/* The buffer belongs to the operation until it is complete. Progress is made in every blocking call of this rank, on
+ * any communicator of the world, and in test. Receives match in posting order. */
+int xccl_p2p_isend(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int dest, int64_t tag, xccl_send_mode_t mode,
+                   xccl_request_t **out);
+int xccl_p2p_irecv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, int64_t tag, xccl_request_t **out);
+
+/* OK when complete, XCCL_AGAIN while not, or the error with which it ended. A send sets source to the own rank. */
+int xccl_p2p_request_test(xccl_request_t *request, xccl_message_t *out);
+/* A wait that fails (timeout, ...) leaves the request pending, and may be repeated. */
+int xccl_p2p_request_wait(xccl_request_t *request, int64_t timeout_ns, xccl_message_t *out);
+/* Complete or failed. Makes no progress. */
+int xccl_p2p_request_is_done(const xccl_request_t *request);
+/* Gives the handle up. A pending operation still completes, and needs its buffer until then. */
+void xccl_p2p_request_free(xccl_request_t *request);
+
+/* Waits for a message that recv would take now, and leaves it where it is. */
+int xccl_p2p_probe(xccl_comm_t *comm, int source, int64_t tag, int64_t timeout_ns, xccl_message_t *out);
+/* The same without waiting: XCCL_AGAIN if there is none. */
+int xccl_p2p_iprobe(xccl_comm_t *comm, int source, int64_t tag, xccl_message_t *out);
+
 /* ---- moe: dispatch and combine ------------------------------------------------------------------------ */
 
 /* How dispatch carries a row: as it is, or as int8 with one float32 scale (max|x| / 127). */

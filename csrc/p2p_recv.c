@@ -1,0 +1,382 @@
+#include "p2p.h"
+
+#include <stdlib.h>
+
+#include "status.h"
+
+static int corrupt(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const char *what) {
+    return xccl_fail(XCCL_ERR_SYSTEM, "rank %d: corrupt metadata from rank %d at position %llu: %s", p2p->comm->rank,
+                     in->source, (unsigned long long)in->ring.tail, what);
+}
+
+static xccl_p2p_kind_t kind_of(const xccl_p2p_field_t *field) {
+    return (xccl_p2p_kind_t)(field->kind_and_bytes & 0xff);
+}
+
+static uint64_t bytes_of(const xccl_p2p_field_t *field) {
+    return field->kind_and_bytes >> 8;
+}
+
+/* ---- acknowledging ---- */
+
+static uint64_t ack_offset(const xccl_p2p_t *p2p, uint64_t ack) {
+    return p2p->acks_at + (ack - 1) * XCCL_LINE;
+}
+
+/* Step 8, if the sender wants it. */
+static void acknowledge(xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number) {
+    if (ack != 0)
+        xccl_gas_signal_at(p2p->world, p2p->comm->ranks[source], ack_offset(p2p, ack),
+                           xccl_p2p_ack_word(number, XCCL_P2P_RECEIVED));
+}
+
+static void complete_receive(xccl_request_t *receive, int source, int64_t tag, uint64_t bytes) {
+    receive->message = (xccl_message_t){source, tag, bytes};
+    xccl_p2p_complete(receive, XCCL_OK);
+}
+
+/* ---- offers (zero-copy) ---- */
+
+bool xccl_p2p_offer_lives(const xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number) {
+    const _Atomic uint64_t *word = xccl_gas_at(p2p->world, p2p->comm->ranks[source], ack_offset(p2p, ack));
+    return xccl_gas_load(word) == xccl_p2p_ack_word(number, XCCL_P2P_OFFERED);
+}
+
+/* Copies once, straight from the sender's window. False: the sender has withdrawn the offer. */
+static bool take_offer(xccl_p2p_t *p2p, int source, uint64_t offset, uint64_t ack, uint64_t number,
+                       xccl_request_t *receive) {
+    int rank = p2p->comm->ranks[source];
+    uint64_t offered = xccl_p2p_ack_word(number, XCCL_P2P_OFFERED);
+    /* From TAKEN on the sender leaves the buffer alone until it is acknowledged (bug classes 7, 11). The swap also
+     * orders the copy after the sender's stores to the buffer. */
+    if (xccl_gas_compare_swap_at(p2p->world, rank, ack_offset(p2p, ack), offered,
+                                 xccl_p2p_ack_word(number, XCCL_P2P_TAKEN)) != offered)
+        return false;
+    xccl_gas_get_at(p2p->world, receive->buffer, rank, offset, receive->bytes);
+    acknowledge(p2p, source, ack, number);
+    return true;
+}
+
+static bool offer_is_sound(const xccl_p2p_t *p2p, const xccl_p2p_field_t *field) {
+    uint64_t stride = p2p->world->stride, bytes = bytes_of(field);
+    return bytes <= stride && field->body.at.offset <= stride - bytes && field->body.at.ack > 0 &&
+           field->body.at.ack <= XCCL_P2P_MAX_ACKS;
+}
+
+/* ---- messages in chunks ---- */
+
+static void end_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in) {
+    in->assembling = false;
+    in->request = NULL;
+    in->message = NULL;
+    p2p->num_assembling--;
+}
+
+static void begin_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
+    in->assembling = true;
+    in->tag = field->event_id;
+    in->bytes = bytes_of(field);
+    in->received = 0;
+    in->ack = field->body.at.ack;
+    in->number = field->body.at.number;
+    p2p->num_assembling++;
+}
+
+/* Steps 5 to 8 of the chunk that is next in the ring. */
+static void take_chunk(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in) {
+    uint64_t left = in->bytes - in->received;
+    uint64_t chunk = left < in->ring.shape.block_bytes ? left : in->ring.shape.block_bytes;
+    /* steps 5 and 6: from the own managed area to the app data area */
+    if (chunk > 0)
+        memcpy(in->target + in->received, xccl_ring_block(&in->ring), chunk);
+    /* step 7: the slot goes back to the sender */
+    xccl_ring_consume(&in->ring);
+    in->received += chunk;
+    if (in->received < in->bytes)
+        return;
+    xccl_request_t *receive = in->request;
+    int64_t tag = in->tag;
+    end_assembly(p2p, in);
+    if (!receive)
+        return; /* kept: acknowledged when it is received */
+    acknowledge(p2p, in->source, in->ack, in->number);
+    complete_receive(receive, in->source, tag, in->bytes);
+}
+
+/* The sender gave up halfway: the receive waits again, as if nothing had come. */
+static void take_cancel(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in) {
+    xccl_request_t *receive = in->request;
+    xccl_unexpected_t *message = in->message;
+    xccl_ring_consume(&in->ring);
+    end_assembly(p2p, in);
+    if (message) {
+        xccl_p2p_unkeep(in, message);
+        free(message);
+    }
+    if (receive)
+        xccl_p2p_post(p2p, receive);
+}
+
+static int continue_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
+    xccl_p2p_kind_t kind = kind_of(field);
+    if (kind == XCCL_P2P_CANCEL)
+        take_cancel(p2p, in);
+    else if (kind == XCCL_P2P_CHUNK && bytes_of(field) == in->bytes)
+        take_chunk(p2p, in);
+    else
+        return corrupt(p2p, in, "the next chunk of a message was due");
+    return XCCL_OK;
+}
+
+/* ---- new messages ---- */
+
+static void deliver(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field, xccl_request_t *receive) {
+    xccl_p2p_field_t copy = *field;
+    switch (kind_of(field)) {
+    case XCCL_P2P_INLINE:
+        if (receive->bytes > 0)
+            memcpy(receive->buffer, field->body.payload, receive->bytes);
+        xccl_ring_consume(&in->ring);
+        xccl_p2p_unpost(receive);
+        complete_receive(receive, in->source, copy.event_id, receive->bytes);
+        return;
+    case XCCL_P2P_OFFER:
+        xccl_ring_consume(&in->ring);
+        if (!take_offer(p2p, in->source, copy.body.at.offset, copy.body.at.ack, copy.body.at.number, receive))
+            return;
+        xccl_p2p_unpost(receive);
+        complete_receive(receive, in->source, copy.event_id, receive->bytes);
+        return;
+    default:
+        xccl_p2p_unpost(receive);
+        begin_assembly(p2p, in, field);
+        in->request = receive;
+        in->target = receive->buffer;
+        take_chunk(p2p, in);
+    }
+}
+
+/* Moves the message to the unexpected queue. */
+static int keep(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
+    bool is_offer = kind_of(field) == XCCL_P2P_OFFER;
+    uint64_t bytes = bytes_of(field);
+    xccl_unexpected_t *message = xccl_p2p_keep(in, field->event_id, bytes, is_offer ? 0 : bytes);
+    if (!message)
+        return xccl_fail(
+            XCCL_ERR_MEMORY,
+            "rank %d: no memory to set aside a message of %llu bytes from rank %d with tag %lld, which nobody "
+            "has asked for yet; it stays queued",
+            p2p->comm->rank, (unsigned long long)bytes, in->source, (long long)field->event_id);
+    if (kind_of(field) == XCCL_P2P_INLINE) {
+        memcpy(message->data, field->body.payload, bytes);
+        xccl_ring_consume(&in->ring);
+        return XCCL_OK;
+    }
+    message->is_offer = is_offer;
+    message->offset = field->body.at.offset;
+    message->ack = field->body.at.ack;
+    message->number = field->body.at.number;
+    if (is_offer) {
+        xccl_ring_consume(&in->ring);
+        return XCCL_OK;
+    }
+    begin_assembly(p2p, in, field);
+    in->message = message;
+    in->target = message->data;
+    take_chunk(p2p, in);
+    return XCCL_OK;
+}
+
+static int check_field(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
+    switch (kind_of(field)) {
+    case XCCL_P2P_INLINE:
+        return bytes_of(field) <= XCCL_P2P_INLINE_BYTES ? XCCL_OK : corrupt(p2p, in, "too long for its field");
+    case XCCL_P2P_FIRST:
+        return field->body.at.ack <= XCCL_P2P_MAX_ACKS ? XCCL_OK : corrupt(p2p, in, "no such acknowledgement line");
+    case XCCL_P2P_OFFER:
+        return offer_is_sound(p2p, field) ? XCCL_OK : corrupt(p2p, in, "an offer outside the window");
+    default:
+        return corrupt(p2p, in, "a new message was due");
+    }
+}
+
+static bool is_wanted(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in) {
+    return in->wanted > 0 || p2p->wanted_any > 0;
+}
+
+static int take_message(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field, bool drain) {
+    if (!drain && !is_wanted(p2p, in))
+        return XCCL_OK;
+    int status = check_field(p2p, in, field);
+    if (status != XCCL_OK)
+        return status;
+    xccl_request_t *receive = xccl_p2p_match(p2p, in->source, field->event_id, bytes_of(field));
+    if (receive)
+        deliver(p2p, in, field, receive);
+    else if (drain || is_wanted(p2p, in)) /* asked again: receives with another size have failed */
+        status = keep(p2p, in, field);
+    return status;
+}
+
+int xccl_p2p_pull(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, bool drain) {
+    const xccl_p2p_field_t *field;
+    /* step 4: poll the own metadata area */
+    if (!in->assembling && (field = xccl_ring_peek(&in->ring))) {
+        int status = take_message(p2p, in, field, drain);
+        if (status != XCCL_OK)
+            return status;
+    }
+    while (in->assembling && (field = xccl_ring_peek(&in->ring))) {
+        int status = continue_assembly(p2p, in, field);
+        if (status != XCCL_OK)
+            return status;
+    }
+    return XCCL_OK;
+}
+
+int xccl_p2p_pull_from(xccl_p2p_t *p2p, int source) {
+    if (source != XCCL_ANY_SOURCE)
+        return xccl_p2p_pull(p2p, &p2p->incoming[source], false);
+    int size = p2p->comm->size, turn = p2p->turn;
+    for (int i = 0; i < size; i++) {
+        int status = xccl_p2p_pull(p2p, &p2p->incoming[(turn + i) % size], false);
+        if (status != XCCL_OK)
+            return status;
+    }
+    return XCCL_OK;
+}
+
+/* ---- from the unexpected queue ---- */
+
+/* The receive takes over a message whose chunks are still coming. */
+static void adopt_assembly(xccl_p2p_incoming_t *in, xccl_unexpected_t *message, xccl_request_t *receive) {
+    memcpy(receive->buffer, message->data, in->received);
+    in->request = receive;
+    in->message = NULL;
+    in->target = receive->buffer;
+}
+
+bool xccl_p2p_take_unexpected(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_unexpected_t *message,
+                              xccl_request_t *receive) {
+    bool taken = true;
+    if (message->is_offer) {
+        taken = take_offer(p2p, in->source, message->offset, message->ack, message->number, receive);
+    } else if (in->message == message) {
+        adopt_assembly(in, message, receive);
+        free(message);
+        return true;
+    } else {
+        if (message->bytes > 0)
+            memcpy(receive->buffer, message->data, message->bytes);
+        acknowledge(p2p, in->source, message->ack, message->number);
+        if (message->sender)
+            xccl_p2p_complete(message->sender, XCCL_OK);
+    }
+    if (taken)
+        complete_receive(receive, in->source, message->tag, message->bytes);
+    free(message);
+    return taken;
+}
+
+/* ---- giving up ---- */
+
+/* Keeps what has come of the message that fills the receive, so that another receive gets it. */
+static int detach(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_request_t *receive) {
+    xccl_unexpected_t *message = xccl_p2p_keep(in, in->tag, in->bytes, in->bytes);
+    if (!message) {
+        /* its first part is lost with the buffer */
+        p2p->comm->broken = true;
+        end_assembly(p2p, in);
+        return xccl_fail(
+            XCCL_ERR_MEMORY,
+            "rank %d, recv: no memory to keep the half-received message of %llu bytes from rank %d with tag %lld",
+            p2p->comm->rank, (unsigned long long)in->bytes, in->source, (long long)in->tag);
+    }
+    memcpy(message->data, receive->buffer, in->received);
+    message->ack = in->ack;
+    message->number = in->number;
+    in->request = NULL;
+    in->message = message;
+    in->target = message->data;
+    return XCCL_OK;
+}
+
+int xccl_p2p_cancel_recv(xccl_request_t *receive) {
+    xccl_p2p_t *p2p = receive->p2p;
+    int status = XCCL_OK;
+    if (receive->list)
+        xccl_p2p_unpost(receive);
+    else
+        for (int source = 0; source < p2p->comm->size; source++)
+            if (p2p->incoming[source].request == receive)
+                status = detach(p2p, &p2p->incoming[source], receive);
+    receive->abandoned = true;
+    xccl_p2p_complete(receive, XCCL_OK);
+    return status;
+}
+
+/* ---- calls ---- */
+
+/* The common case without a request: the message is there, inline, and nothing comes before it. */
+static bool receive_at_once(xccl_p2p_t *p2p, void *buffer, uint64_t bytes, int source, int64_t tag,
+                            xccl_message_t *out) {
+    if (source == XCCL_ANY_SOURCE || p2p->posted.first)
+        return false;
+    xccl_p2p_incoming_t *in = &p2p->incoming[source];
+    if (in->first || in->assembling)
+        return false;
+    const xccl_p2p_field_t *field = xccl_ring_peek(&in->ring);
+    if (!field || field->kind_and_bytes != (bytes << 8 | XCCL_P2P_INLINE) || bytes > XCCL_P2P_INLINE_BYTES ||
+        (tag != XCCL_ANY_TAG && tag != field->event_id))
+        return false;
+    if (bytes > 0)
+        memcpy(buffer, field->body.payload, bytes);
+    *out = (xccl_message_t){source, field->event_id, bytes};
+    xccl_ring_consume(&in->ring);
+    return true;
+}
+
+static int start(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, int64_t tag, xccl_request_t **out) {
+    xccl_request_t *receive = xccl_p2p_new_request(comm->p2p, false, source, tag, buffer, bytes);
+    if (!receive)
+        return XCCL_ERR_MEMORY;
+    xccl_p2p_post(comm->p2p, receive);
+    *out = receive;
+    return XCCL_OK;
+}
+
+int xccl_p2p_recv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, int64_t tag, int64_t timeout_ns,
+                  xccl_message_t *out) {
+    int status = xccl_p2p_check_args(comm, "recv", buffer, bytes, source, tag, true);
+    if (status != XCCL_OK)
+        return status;
+    xccl_op_begin(comm->world, XCCL_OP_RECV);
+    status = xccl_progress(comm->world);
+    if (status != XCCL_OK)
+        return status;
+    if (receive_at_once(comm->p2p, buffer, bytes, source, tag, out))
+        return XCCL_OK;
+    xccl_request_t *receive;
+    status = start(comm, buffer, bytes, source, tag, &receive);
+    if (status != XCCL_OK)
+        return status;
+    return xccl_p2p_finish(comm->p2p, receive, xccl_deadline(comm->world, timeout_ns), out);
+}
+
+int xccl_p2p_irecv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, int64_t tag, xccl_request_t **out) {
+    int status = xccl_p2p_check_args(comm, "irecv", buffer, bytes, source, tag, true);
+    if (status != XCCL_OK)
+        return status;
+    xccl_op_begin(comm->world, XCCL_OP_RECV);
+    xccl_request_t *receive;
+    status = start(comm, buffer, bytes, source, tag, &receive);
+    if (status != XCCL_OK)
+        return status;
+    status = receive->done ? XCCL_OK : xccl_p2p_pull_from(comm->p2p, source);
+    if (status == XCCL_OK)
+        *out = receive;
+    else
+        xccl_p2p_cancel_recv(receive);
+    xccl_p2p_settle_hook(comm->p2p);
+    return status;
+}

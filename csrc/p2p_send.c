@@ -1,0 +1,331 @@
+#include "p2p.h"
+
+#include <stdlib.h>
+
+#include "heap.h"
+#include "status.h"
+
+/* ---- acknowledgement lines ---- */
+
+static uint64_t ack_offset(const xccl_p2p_t *p2p, uint64_t ack) {
+    return p2p->acks_at + (ack - 1) * XCCL_LINE;
+}
+
+static uint64_t load_ack(const xccl_request_t *send) {
+    return xccl_gas_load(xccl_gas_local(send->p2p->world, ack_offset(send->p2p, send->ack)));
+}
+
+/* Reserves one more page of lines. */
+static int grow_acks(xccl_p2p_t *p2p) {
+    enum { LINES_PER_PAGE = XCCL_PAGE / XCCL_LINE };
+    uint64_t lines = p2p->num_acks + LINES_PER_PAGE;
+    uint32_t *free_acks = realloc(p2p->free_acks, lines * sizeof *free_acks);
+    if (!free_acks)
+        return xccl_fail(XCCL_ERR_MEMORY, "no memory for %llu acknowledgements", (unsigned long long)lines);
+    p2p->free_acks = free_acks;
+    int status = xccl_heap_commit(p2p->world, ack_offset(p2p, p2p->num_acks + 1), XCCL_PAGE);
+    if (status != XCCL_OK)
+        return status;
+    for (uint64_t ack = lines; ack > p2p->num_acks; ack--)
+        free_acks[p2p->num_free_acks++] = (uint32_t)ack;
+    p2p->num_acks = lines;
+    return XCCL_OK;
+}
+
+/* Gives the send a line of its own. AGAIN: so many wait already that this one has to queue. */
+static int take_ack(xccl_request_t *send) {
+    xccl_p2p_t *p2p = send->p2p;
+    if (p2p->num_free_acks == 0) {
+        if (p2p->num_acks == XCCL_P2P_MAX_ACKS)
+            return XCCL_AGAIN;
+        int status = grow_acks(p2p);
+        if (status != XCCL_OK)
+            return status;
+    }
+    send->ack = p2p->free_acks[--p2p->num_free_acks];
+    send->number = ++p2p->next_number;
+    xccl_gas_signal_at(p2p->world, p2p->world->rank, ack_offset(p2p, send->ack),
+                       xccl_p2p_ack_word(send->number, XCCL_P2P_OFFERED));
+    return XCCL_OK;
+}
+
+static void return_ack(xccl_request_t *send) {
+    if (send->ack != 0)
+        send->p2p->free_acks[send->p2p->num_free_acks++] = (uint32_t)send->ack;
+    send->ack = 0;
+}
+
+/* ---- publishing ---- */
+
+/* Reserves the pages of all blocks that the message will use first, so that it cannot fail halfway. */
+static int reserve_blocks(xccl_p2p_t *p2p, xccl_p2p_outgoing_t *out, uint64_t bytes) {
+    const xccl_ring_shape_t *shape = &out->ring.shape;
+    for (uint64_t ahead = 0; ahead < shape->blocks && ahead * shape->block_bytes < bytes; ahead++) {
+        uint64_t left = bytes - ahead * shape->block_bytes;
+        uint64_t needed = left < shape->block_bytes ? left : shape->block_bytes;
+        uint64_t offset = xccl_ring_block_offset(&out->ring, ahead);
+        uint64_t *reserved = &out->reserved[(offset - shape->blocks_at) / shape->block_bytes];
+        if (*reserved >= needed)
+            continue;
+        uint64_t length = XCCL_PAGE;
+        while (length < needed)
+            length *= 2; /* few system calls while sizes grow */
+        if (length > shape->block_bytes)
+            length = shape->block_bytes;
+        int status = xccl_heap_commit_at(p2p->world, out->ring.consumer, offset, length);
+        if (status != XCCL_OK)
+            return status;
+        *reserved = length;
+    }
+    return XCCL_OK;
+}
+
+static xccl_p2p_field_t field_of(const xccl_request_t *send, xccl_p2p_kind_t kind) {
+    return (xccl_p2p_field_t){.event_id = send->tag,
+                              .kind_and_bytes = send->bytes << 8 | (uint64_t)kind,
+                              .body.at = {.ack = send->ack, .number = send->number, .offset = send->offset}};
+}
+
+static int publish_inline(xccl_p2p_outgoing_t *out, const xccl_request_t *send) {
+    if (!xccl_ring_has_line(&out->ring))
+        return XCCL_AGAIN;
+    xccl_p2p_field_t field = {.event_id = send->tag, .kind_and_bytes = send->bytes << 8 | XCCL_P2P_INLINE};
+    if (send->bytes > 0)
+        memcpy(field.body.payload, send->buffer, send->bytes);
+    xccl_ring_publish(&out->ring, &field);
+    return XCCL_OK;
+}
+
+static int publish_offer(xccl_p2p_outgoing_t *out, xccl_request_t *send) {
+    if (!xccl_ring_has_line(&out->ring))
+        return XCCL_AGAIN;
+    int status = take_ack(send);
+    if (status != XCCL_OK)
+        return status;
+    xccl_p2p_field_t field = field_of(send, XCCL_P2P_OFFER);
+    xccl_ring_publish(&out->ring, &field);
+    return XCCL_OK;
+}
+
+/* Steps 1 to 3 for each chunk that has a free block. AGAIN: the ring is full, more later. */
+static int publish_chunks(xccl_p2p_outgoing_t *out, xccl_request_t *send) {
+    xccl_p2p_t *p2p = send->p2p;
+    int status = XCCL_OK;
+    if (!xccl_ring_has_block(&out->ring))
+        return XCCL_AGAIN;
+    if (send->chunks == 0) {
+        status = reserve_blocks(p2p, out, send->bytes);
+        if (status == XCCL_OK && send->sync)
+            status = take_ack(send);
+        if (status != XCCL_OK)
+            return status;
+    }
+    do {
+        if (!xccl_ring_has_block(&out->ring))
+            return XCCL_AGAIN;
+        uint64_t left = send->bytes - send->moved;
+        uint64_t chunk = left < out->ring.shape.block_bytes ? left : out->ring.shape.block_bytes;
+        /* steps 1 and 2: from the app data area to the receiver's managed area */
+        xccl_gas_put_at(p2p->world, out->ring.consumer, xccl_ring_block_offset(&out->ring, 0),
+                        send->buffer + send->moved, chunk);
+        /* step 3: event id and chunk id to the receiver's metadata area; moves count only after it (bug class 9) */
+        xccl_p2p_field_t field = field_of(send, send->chunks == 0 ? XCCL_P2P_FIRST : XCCL_P2P_CHUNK);
+        field.body.at.chunk_id = send->chunks;
+        xccl_ring_publish(&out->ring, &field);
+        send->moved += chunk;
+        send->chunks++;
+    } while (send->moved < send->bytes);
+    return XCCL_OK;
+}
+
+static int publish_cancel(xccl_p2p_outgoing_t *out, const xccl_request_t *send) {
+    if (!xccl_ring_has_line(&out->ring))
+        return XCCL_AGAIN;
+    xccl_p2p_field_t field = field_of(send, XCCL_P2P_CANCEL);
+    xccl_ring_publish(&out->ring, &field);
+    return XCCL_OK;
+}
+
+static int publish(xccl_p2p_outgoing_t *out, xccl_request_t *send) {
+    if (send->cancelled)
+        return publish_cancel(out, send);
+    if (send->way == XCCL_P2P_INLINE)
+        return publish_inline(out, send);
+    return send->way == XCCL_P2P_OFFER ? publish_offer(out, send) : publish_chunks(out, send);
+}
+
+void xccl_p2p_push(xccl_p2p_t *p2p, int dest) {
+    xccl_p2p_outgoing_t *out = &p2p->outgoing[dest];
+    while (out->queue.first) {
+        xccl_request_t *send = out->queue.first;
+        int status = publish(out, send);
+        if (status == XCCL_AGAIN)
+            return;
+        xccl_p2p_list_remove(send);
+        p2p->num_queued--;
+        if (status == XCCL_OK && send->ack != 0 && !send->cancelled) {
+            xccl_p2p_list_append(&p2p->awaiting, send);
+        } else {
+            return_ack(send);
+            xccl_p2p_complete(send, status);
+        }
+    }
+}
+
+void xccl_p2p_check_acks(xccl_p2p_t *p2p) {
+    for (xccl_request_t *send = p2p->awaiting.first, *next; send; send = next) {
+        next = send->next;
+        /* a send to the own rank has no line: the receive completes it */
+        if (send->ack == 0 || load_ack(send) != xccl_p2p_ack_word(send->number, XCCL_P2P_RECEIVED))
+            continue;
+        return_ack(send);
+        xccl_p2p_complete(send, XCCL_OK);
+    }
+}
+
+/* ---- giving up ---- */
+
+static void drop(xccl_request_t *send) {
+    return_ack(send);
+    send->abandoned = true;
+    xccl_p2p_complete(send, XCCL_OK);
+}
+
+/* Takes an offer back. True: too late, the receiver has it. Until the receiver has finished copying, the buffer
+ * cannot be given back to the caller. */
+static bool withdraw(xccl_request_t *send) {
+    xccl_p2p_list_remove(send); /* the wait below must not complete it */
+    xccl_world_t *world = send->p2p->world;
+    uint64_t offset = ack_offset(send->p2p, send->ack);
+    uint64_t offered = xccl_p2p_ack_word(send->number, XCCL_P2P_OFFERED);
+    uint64_t seen = xccl_gas_compare_swap_at(world, world->rank, offset, offered,
+                                             xccl_p2p_ack_word(send->number, XCCL_P2P_WITHDRAWN));
+    if (seen == offered)
+        return false;
+    /* Copying is under way: this ends soon, or the receiver has died. */
+    enum { COPY_SECONDS = 60 };
+    (void)xccl_wait_word(world, xccl_gas_local(world, offset), xccl_p2p_ack_word(send->number, XCCL_P2P_RECEIVED),
+                         send->p2p->comm->ranks[send->peer], "end of copying",
+                         xccl_now_ns() + COPY_SECONDS * 1000000000ll);
+    return load_ack(send) == xccl_p2p_ack_word(send->number, XCCL_P2P_RECEIVED);
+}
+
+bool xccl_p2p_cancel_send(xccl_request_t *send) {
+    xccl_p2p_t *p2p = send->p2p;
+    if (send->peer == p2p->comm->rank) {
+        xccl_p2p_unsend_self(send);
+        drop(send);
+        return false;
+    }
+    if (send->list == &p2p->awaiting) {
+        if (send->way == XCCL_P2P_OFFER) {
+            bool received = withdraw(send);
+            drop(send);
+            return received;
+        }
+        /* The message is with the receiver in full and will be delivered; its line is in use until then. */
+        send->cancelled = send->abandoned = true;
+        return false;
+    }
+    if (send->chunks == 0) {
+        xccl_p2p_list_remove(send);
+        p2p->num_queued--;
+        drop(send);
+        return false;
+    }
+    /* Part of it is in the ring: the receiver must forget that part, in its turn. */
+    send->cancelled = send->abandoned = true;
+    send->buffer = NULL;
+    return false;
+}
+
+/* ---- calls ---- */
+
+static xccl_p2p_kind_t choose_way(xccl_p2p_t *p2p, const void *buffer, uint64_t bytes, bool sync,
+                                  uint64_t *out_offset) {
+    if (bytes <= XCCL_P2P_INLINE_BYTES && !sync)
+        return XCCL_P2P_INLINE;
+    if (bytes >= p2p->world->header->config.p2p_slot_bytes &&
+        xccl_gas_is_symmetric(p2p->world, buffer, bytes, out_offset))
+        return XCCL_P2P_OFFER;
+    return XCCL_P2P_FIRST;
+}
+
+/* Queues the send and publishes what there is room for. */
+static int start(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int dest, int64_t tag, bool sync,
+                 xccl_request_t **out) {
+    xccl_p2p_t *p2p = comm->p2p;
+    xccl_request_t *send = xccl_p2p_new_request(p2p, true, dest, tag, buffer, bytes);
+    if (!send)
+        return XCCL_ERR_MEMORY;
+    send->sync = sync;
+    send->message = (xccl_message_t){comm->rank, tag, bytes};
+    if (dest == comm->rank) {
+        int status = xccl_p2p_send_self(send);
+        if (status != XCCL_OK) {
+            drop(send);
+            return status;
+        }
+    } else {
+        send->way = choose_way(p2p, buffer, bytes, sync, &send->offset);
+        xccl_p2p_list_append(&p2p->outgoing[dest].queue, send);
+        p2p->num_queued++;
+        xccl_p2p_push(p2p, dest);
+    }
+    *out = send;
+    return XCCL_OK;
+}
+
+static int check_send(const xccl_comm_t *comm, const char *operation, const void *buffer, uint64_t bytes, int dest,
+                      int64_t tag, xccl_send_mode_t mode) {
+    int status = xccl_p2p_check_args(comm, operation, buffer, bytes, dest, tag, false);
+    if (status == XCCL_OK && mode != XCCL_SEND_DEFAULT && mode != XCCL_SEND_SYNC)
+        return xccl_fail(XCCL_ERR_USAGE, "rank %d, %s: unknown mode %d", comm->rank, operation, (int)mode);
+    return status;
+}
+
+/* The common case without a request: inline, nothing queued before it, room in the ring. */
+static bool send_at_once(xccl_p2p_t *p2p, const void *buffer, uint64_t bytes, int dest, int64_t tag) {
+    xccl_p2p_outgoing_t *out = &p2p->outgoing[dest];
+    if (bytes > XCCL_P2P_INLINE_BYTES || out->queue.first || dest == p2p->comm->rank)
+        return false;
+    xccl_request_t send = {.tag = tag, .buffer = (unsigned char *)buffer, .bytes = bytes};
+    return publish_inline(out, &send) == XCCL_OK;
+}
+
+int xccl_p2p_send(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int dest, int64_t tag, xccl_send_mode_t mode,
+                  int64_t timeout_ns) {
+    int status = check_send(comm, "send", buffer, bytes, dest, tag, mode);
+    if (status != XCCL_OK)
+        return status;
+    xccl_op_begin(comm->world, XCCL_OP_SEND);
+    status = xccl_progress(comm->world);
+    if (status != XCCL_OK)
+        return status;
+    if (mode == XCCL_SEND_DEFAULT && send_at_once(comm->p2p, buffer, bytes, dest, tag))
+        return XCCL_OK;
+    xccl_request_t *send;
+    status = start(comm, buffer, bytes, dest, tag, mode == XCCL_SEND_SYNC, &send);
+    if (status != XCCL_OK)
+        return status;
+    if (!send->done && dest == comm->rank) {
+        xccl_p2p_cancel_send(send);
+        return xccl_fail(
+            XCCL_ERR_USAGE,
+            "rank %d, send: a sync send to the own rank (tag %lld) would wait for itself: post an irecv before it",
+            comm->rank, (long long)tag);
+    }
+    xccl_message_t message;
+    return xccl_p2p_finish(comm->p2p, send, xccl_deadline(comm->world, timeout_ns), &message);
+}
+
+int xccl_p2p_isend(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int dest, int64_t tag, xccl_send_mode_t mode,
+                   xccl_request_t **out) {
+    int status = check_send(comm, "isend", buffer, bytes, dest, tag, mode);
+    if (status != XCCL_OK)
+        return status;
+    xccl_op_begin(comm->world, XCCL_OP_SEND);
+    status = start(comm, buffer, bytes, dest, tag, mode == XCCL_SEND_SYNC, out);
+    xccl_p2p_settle_hook(comm->p2p);
+    return status;
+}
