@@ -24,16 +24,22 @@ from xccl.launcher import run
 from xccl.moe_config import BufferBytes
 from xccl.moe_handle import Handle, Hook
 from xccl.options import rc
+from xccl.point_to_point import ANY_SOURCE, ANY_TAG
+from xccl.request import Message, Request
 from xccl.signals import Signal
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ANY_SOURCE",
+    "ANY_TAG",
     "BufferBytes",
     "Communicator",
     "ExpertParallel",
     "Handle",
     "Hook",
+    "Message",
+    "Request",
     "Signal",
     "XcclAborted",
     "XcclError",

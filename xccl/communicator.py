@@ -49,9 +49,12 @@ class Communicator(AddressSpace, PointToPoint, Collectives):
         """Completes pending sends and leaves. Arrays stay readable, but no call works any more. Twice is no error.
 
         For a communicator made by `split` this is collective; the one of `xccl.init` each rank leaves alone.
+        Raises XcclUsageError, and stays open, if a receive is still pending or messages that have arrived were never
+        received: nothing is dropped in silence. Drop the request or receive them, and close again.
         """
         if self._c is None:
             return
+        self._abandon_requests()
         check(lib.xccl_comm_close(self._handle(), timeout_ns(timeout)))
         self._discard.detach()
         self._c = None
