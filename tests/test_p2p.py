@@ -159,6 +159,26 @@ def test_acknowledgements_out_of_order_reach_their_own_messages(comm: xccl.Commu
 
 
 @ranks(2)
+def test_acknowledgements_that_come_together_reach_their_own_messages(comm: xccl.Communicator) -> None:
+    count = 150
+    for _ in range(2):
+        if comm.rank == 0:
+            requests = [comm.isend(np.full(8, i), 1, i, mode="sync") for i in range(count)]
+            while comm.iprobe(1) is None:
+                time.sleep(0.001)
+            comm.recv(np.zeros(1), 1)
+            for request in requests:
+                request.wait(timeout=10)
+        else:
+            buffer = np.zeros(8, np.int64)
+            for i in range(0, count, 2):
+                comm.recv(buffer, 0, i)
+            for i in range(1, count, 2):
+                comm.recv(buffer, 0, i)
+            comm.send(np.zeros(1), 0)
+
+
+@ranks(2)
 def test_wrong_size_is_refused_and_the_message_stays(comm: xccl.Communicator) -> None:
     symmetric = comm.full(RING * 2, 7, np.uint8)
     for nbytes in [0, 8, INLINE + 1, SLOT, RING * 2]:

@@ -145,6 +145,26 @@ def test_send_that_times_out_withdraws_its_message(
 
 
 @ranks(2)
+def test_receive_whose_message_is_withdrawn_gets_its_place_back(comm: xccl.Communicator) -> None:
+    flag = comm.zeros(1, np.int64)
+    if comm.rank == 0:
+        await_flag(comm, flag)
+        with pytest.raises(xccl.XcclTimeout):
+            comm.send(np.zeros(LARGE, np.uint8), 1, timeout=0.05)
+        comm.atomic_swap(flag, 1, 1)
+        for i in (1, 2):
+            comm.send(np.full(LARGE, i, np.uint8), 1)
+    else:
+        buffers = np.zeros((2, LARGE), np.uint8)
+        requests = [comm.irecv(buffer, 0) for buffer in buffers]
+        comm.atomic_swap(flag, 1, 0)
+        await_flag(comm, flag)
+        for i, request in enumerate(requests):
+            request.wait()
+            assert (buffers[i] == i + 1).all()
+
+
+@ranks(2)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_withdrawn_message_in_the_unexpected_queue_is_forgotten(comm: xccl.Communicator, symmetric: bool) -> None:
     buffer = comm.full(LARGE, 1, np.uint8) if symmetric else np.full(LARGE, 1, np.uint8)
