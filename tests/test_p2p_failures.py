@@ -87,10 +87,12 @@ def test_receive_that_times_out_halfway_loses_nothing(comm: xccl.Communicator, a
     flag = comm.zeros(1, np.int64)
     if comm.rank == 0:
         request = comm.isend(data, 1, 6)
+        comm.atomic_swap(flag, 1, 1)
         await_flag(comm, flag)
         request.wait()
     else:
         received = np.zeros(LARGE, np.uint8)
+        await_flag(comm, flag)
         with pytest.raises(xccl.XcclTimeout):
             comm.recv(received, 0, 6, timeout=0.05)
         received[:] = 0
@@ -298,9 +300,12 @@ def test_death_of_the_peer_ends_the_wait(operation: str) -> None:
 
 def test_death_in_the_middle_of_a_message_ends_the_receive() -> None:
     def main(comm: xccl.Communicator) -> Any:
+        flag = comm.zeros(1, np.int64)
         if comm.rank == 1:
             comm.isend(np.zeros(LARGE, np.uint8), 0)  # fills the ring
+            comm.atomic_swap(flag, 1, 0)
             os.kill(os.getpid(), signal.SIGKILL)
+        await_flag(comm, flag)
         return lost(lambda: comm.recv(np.zeros(LARGE, np.uint8), ANY_SOURCE))
 
     text, _ = run_unwatched(main, 2)[0]
