@@ -174,6 +174,11 @@ struct xccl_p2p_t {
     char *failure;        /* of the first abandoned request that failed: close reports it */
 };
 
+/* Offset of an acknowledgement line in the window of its sender. */
+static inline uint64_t xccl_p2p_ack_offset(const xccl_p2p_t *p2p, uint64_t ack) {
+    return p2p->acks_at + (ack - 1) * XCCL_LINE;
+}
+
 /* ---- requests and progress (p2p.c) ---- */
 
 xccl_request_t *xccl_p2p_new_request(xccl_p2p_t *p2p, bool is_send, int peer, int64_t tag, const void *buffer,

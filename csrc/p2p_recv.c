@@ -19,14 +19,10 @@ static uint64_t bytes_of(const xccl_p2p_field_t *field) {
 
 /* ---- acknowledging ---- */
 
-static uint64_t ack_offset(const xccl_p2p_t *p2p, uint64_t ack) {
-    return p2p->acks_at + (ack - 1) * XCCL_LINE;
-}
-
 /* Step 8, if the sender wants it. */
 static void acknowledge(xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number) {
     if (ack != 0)
-        xccl_gas_signal_at(p2p->world, p2p->comm->ranks[source], ack_offset(p2p, ack),
+        xccl_gas_signal_at(p2p->world, p2p->comm->ranks[source], xccl_p2p_ack_offset(p2p, ack),
                            xccl_p2p_ack_word(number, XCCL_P2P_RECEIVED));
 }
 
@@ -38,7 +34,7 @@ static void complete_receive(xccl_request_t *receive, int source, int64_t tag, u
 /* ---- offers (zero-copy) ---- */
 
 bool xccl_p2p_offer_lives(const xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number) {
-    const _Atomic uint64_t *word = xccl_gas_at(p2p->world, p2p->comm->ranks[source], ack_offset(p2p, ack));
+    const _Atomic uint64_t *word = xccl_gas_at(p2p->world, p2p->comm->ranks[source], xccl_p2p_ack_offset(p2p, ack));
     return xccl_gas_load(word) == xccl_p2p_ack_word(number, XCCL_P2P_OFFERED);
 }
 
@@ -49,7 +45,7 @@ static bool take_offer(xccl_p2p_t *p2p, int source, uint64_t offset, uint64_t ac
     uint64_t offered = xccl_p2p_ack_word(number, XCCL_P2P_OFFERED);
     /* From TAKEN on the sender leaves the buffer alone until it is acknowledged (bug classes 7, 11). The swap also
      * orders the copy after the sender's stores to the buffer. */
-    if (xccl_gas_compare_swap_at(p2p->world, rank, ack_offset(p2p, ack), offered,
+    if (xccl_gas_compare_swap_at(p2p->world, rank, xccl_p2p_ack_offset(p2p, ack), offered,
                                  xccl_p2p_ack_word(number, XCCL_P2P_TAKEN)) != offered)
         return false;
     xccl_gas_get_at(p2p->world, receive->buffer, rank, offset, receive->bytes);

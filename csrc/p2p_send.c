@@ -7,12 +7,8 @@
 
 /* ---- acknowledgement lines ---- */
 
-static uint64_t ack_offset(const xccl_p2p_t *p2p, uint64_t ack) {
-    return p2p->acks_at + (ack - 1) * XCCL_LINE;
-}
-
 static uint64_t load_ack(const xccl_request_t *send) {
-    return xccl_gas_load(xccl_gas_local(send->p2p->world, ack_offset(send->p2p, send->ack)));
+    return xccl_gas_load(xccl_gas_local(send->p2p->world, xccl_p2p_ack_offset(send->p2p, send->ack)));
 }
 
 /* Reserves one more page of lines. */
@@ -23,7 +19,7 @@ static int grow_acks(xccl_p2p_t *p2p) {
     if (!free_acks)
         return xccl_fail(XCCL_ERR_MEMORY, "no memory for %llu acknowledgements", (unsigned long long)lines);
     p2p->free_acks = free_acks;
-    int status = xccl_heap_commit(p2p->world, ack_offset(p2p, p2p->num_acks + 1), XCCL_PAGE);
+    int status = xccl_heap_commit(p2p->world, xccl_p2p_ack_offset(p2p, p2p->num_acks + 1), XCCL_PAGE);
     if (status != XCCL_OK)
         return status;
     for (uint64_t ack = lines; ack > p2p->num_acks; ack--)
@@ -44,7 +40,7 @@ static int take_ack(xccl_request_t *send) {
     }
     send->ack = p2p->free_acks[--p2p->num_free_acks];
     send->number = ++p2p->next_number;
-    xccl_gas_signal_at(p2p->world, p2p->world->rank, ack_offset(p2p, send->ack),
+    xccl_gas_signal_at(p2p->world, p2p->world->rank, xccl_p2p_ack_offset(p2p, send->ack),
                        xccl_p2p_ack_word(send->number, XCCL_P2P_OFFERED));
     return XCCL_OK;
 }
@@ -196,7 +192,7 @@ static void drop(xccl_request_t *send) {
 static bool withdraw(xccl_request_t *send) {
     xccl_p2p_list_remove(send); /* the wait below must not complete it */
     xccl_world_t *world = send->p2p->world;
-    uint64_t offset = ack_offset(send->p2p, send->ack);
+    uint64_t offset = xccl_p2p_ack_offset(send->p2p, send->ack);
     uint64_t offered = xccl_p2p_ack_word(send->number, XCCL_P2P_OFFERED);
     uint64_t seen = xccl_gas_compare_swap_at(world, world->rank, offset, offered,
                                              xccl_p2p_ack_word(send->number, XCCL_P2P_WITHDRAWN));
