@@ -110,16 +110,20 @@ static int advance(xccl_request_t *request) {
 /* ---- waiting ---- */
 
 typedef struct waiting_t {
+    xccl_p2p_t *p2p;
     xccl_request_t *request;
+    uint64_t moves; /* of the communicator when the wait began */
+    bool to_the_end;
     int status;
     char what[96];
 } waiting_t;
 
-static bool is_over(void *arg) {
+static bool is_over_or_moved(void *arg) {
     waiting_t *waiting = arg;
     if (!waiting->request->done)
         waiting->status = advance(waiting->request);
-    return waiting->request->done || waiting->status != XCCL_OK;
+    return waiting->request->done || waiting->status != XCCL_OK ||
+           (waiting->p2p->moves != waiting->moves && !waiting->to_the_end);
 }
 
 static bool all_have_left(const xccl_p2p_t *p2p) {
@@ -181,13 +185,19 @@ static bool awaited(void *arg, int index, xccl_awaited_t *out) {
                                     out);
 }
 
+/* Each chunk that moves starts the wait anew, from its spinning end: the next one is soon to come. */
 int xccl_p2p_await(xccl_request_t *request, int64_t deadline, xccl_message_t *out) {
-    if (!request->done) {
-        waiting_t waiting = {.request = request};
-        xccl_wait_t wait = {.ready = is_over, .awaited = awaited, .arg = &waiting};
-        int status = xccl_wait(request->p2p->world, &wait, deadline);
-        if (!request->done)
-            return status != XCCL_OK ? status : waiting.status;
+    waiting_t waiting = {.p2p = request->p2p, .request = request};
+    xccl_wait_t wait = {.ready = is_over_or_moved, .awaited = awaited, .arg = &waiting};
+    for (bool again = false; !request->done; again = true) {
+        /* past the deadline the wait must end this, however much still moves */
+        waiting.to_the_end = again && xccl_now_ns() >= deadline;
+        waiting.moves = waiting.p2p->moves;
+        int status = xccl_wait(waiting.p2p->world, &wait, deadline);
+        if (status == XCCL_OK)
+            status = waiting.status;
+        if (status != XCCL_OK && !request->done)
+            return status;
     }
     return result_of(request, out);
 }

@@ -166,7 +166,8 @@ struct xccl_p2p_t {
     uint64_t num_queued;          /* sends in the queues */
     uint64_t num_assembling;
     uint64_t next_order, next_number;
-    int turn; /* source that ANY_SOURCE looks at first */
+    uint64_t moves; /* lines published and consumed so far */
+    int turn;       /* source that ANY_SOURCE looks at first */
     uint32_t *free_acks;
     uint64_t num_free_acks, num_acks; /* num_acks: lines whose pages are reserved */
     bool hooked;

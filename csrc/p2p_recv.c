@@ -214,7 +214,7 @@ static int take_message(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p
     return status;
 }
 
-int xccl_p2p_pull(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, bool drain) {
+static int pull(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, bool drain) {
     const xccl_p2p_field_t *field;
     /* step 4: poll the own metadata area */
     if (!in->assembling && (field = xccl_ring_peek(&in->ring))) {
@@ -228,6 +228,13 @@ int xccl_p2p_pull(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, bool drain) {
             return status;
     }
     return XCCL_OK;
+}
+
+int xccl_p2p_pull(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, bool drain) {
+    uint64_t before = in->ring.tail;
+    int status = pull(p2p, in, drain);
+    p2p->moves += in->ring.tail - before;
+    return status;
 }
 
 int xccl_p2p_pull_from(xccl_p2p_t *p2p, int source) {

@@ -150,22 +150,28 @@ static int publish(xccl_p2p_outgoing_t *out, xccl_request_t *send) {
     return send->way == XCCL_P2P_OFFER ? publish_offer(out, send) : publish_chunks(out, send);
 }
 
+/* The first send of the queue has left it, with `status`. */
+static void end_publishing(xccl_p2p_t *p2p, xccl_request_t *send, int status) {
+    xccl_p2p_list_remove(send);
+    p2p->num_queued--;
+    if (status == XCCL_OK && send->ack != 0 && !send->cancelled) {
+        xccl_p2p_list_append(&p2p->awaiting, send);
+    } else {
+        return_ack(send);
+        xccl_p2p_complete(send, status);
+    }
+}
+
 void xccl_p2p_push(xccl_p2p_t *p2p, int dest) {
     xccl_p2p_outgoing_t *out = &p2p->outgoing[dest];
+    uint64_t before = out->ring.head;
     while (out->queue.first) {
-        xccl_request_t *send = out->queue.first;
-        int status = publish(out, send);
+        int status = publish(out, out->queue.first);
         if (status == XCCL_AGAIN)
-            return;
-        xccl_p2p_list_remove(send);
-        p2p->num_queued--;
-        if (status == XCCL_OK && send->ack != 0 && !send->cancelled) {
-            xccl_p2p_list_append(&p2p->awaiting, send);
-        } else {
-            return_ack(send);
-            xccl_p2p_complete(send, status);
-        }
+            break;
+        end_publishing(p2p, out->queue.first, status);
     }
+    p2p->moves += out->ring.head - before;
 }
 
 void xccl_p2p_check_acks(xccl_p2p_t *p2p) {
