@@ -1,0 +1,58 @@
+# All set-up happens here: `make serve` and `make test` work in a fresh clone.
+# Needs Linux, Python 3.11 or later with venv and headers, a C compiler and make.
+#   Debian, Ubuntu: apt-get install python3-dev python3-venv gcc make
+
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= In the beginning
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+C_FILES := $(wildcard csrc/*.c csrc/*.h examples/*.c)
+BUILD_INPUTS := $(wildcard csrc/*.c csrc/*.h) csrc/build_binding.py setup.py pyproject.toml
+
+.PHONY: serve test test-env lint format docs wheel clean
+
+serve: $(VENV)/.installed-serve
+	$(BIN)/xccl serve --prompt "$(PROMPT)"
+
+test: test-env
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# All that pytest needs.
+test-env: $(VENV)/.installed-test
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+
+format: $(VENV)/.installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_FILES)
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+wheel: $(VENV)/.installed-lint
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf .venv* build dist docs/_build *.egg-info xccl/_core.c xccl/_core*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One rule for every set of extras. An editable install, so that Python files need no second one; the C core is
+# built again when one of its files changed.
+$(VENV)/.installed-%: $(BUILD_INPUTS) | $(BIN)/pip
+	$(BIN)/pip install --quiet --editable '.[$*]'
+	touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "xccl needs Python 3.11 or later: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; \
+	    sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	    { echo "Python.h not found: install the headers of $(PYTHON) (Debian: apt-get install python3-dev)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
