@@ -134,3 +134,18 @@ def test_8_fresh_memory_is_zero_and_early_puts_are_kept(comm: xccl.Communicator)
         assert a.tolist() == [0, turn + source + 1, 0]
         comm.free(a)
         comm.free(flag)
+
+
+@ranks(2)
+def test_5_atomics_have_one_order(comm: xccl.Communicator) -> None:
+    """Store buffering: each rank writes its word and reads the other's. One write is first, so not both read 0."""
+    words, reads = comm.zeros((2, TURNS), "int64"), comm.zeros((2, TURNS), "int64")
+    comm._sync(None)
+    for turn in range(TURNS):
+        own, other = (words[r, turn : turn + 1] for r in (comm.rank, 1 - comm.rank))
+        comm.atomic_swap(own, 1, 0)
+        reads[comm.rank, turn] = comm.atomic_fetch(other, 0)
+    comm.put(reads[comm.rank], reads[comm.rank], 0)
+    comm._sync(None)
+    if comm.rank == 0:
+        assert (reads.max(axis=0) == 1).all()
