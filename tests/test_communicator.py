@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,23 @@ def test_worlds_of_one_can_be_made_again_and_again() -> None:
     for _ in range(20):
         with xccl.init() as comm:
             comm.zeros(10)
+
+
+def test_the_mapping_goes_with_the_last_array() -> None:
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count("/dev/shm/xccl-")
+
+    before = mappings()
+    comm = xccl.init()
+    a = comm.full(3, 7.0)
+    comm.close()
+    del comm
+    gc.collect()
+    assert mappings() > before
+    assert a.tolist() == [7.0, 7.0, 7.0]
+    del a
+    gc.collect()
+    assert mappings() == before
 
 
 @ranks(1, 2, 5, 8)

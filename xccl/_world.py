@@ -7,6 +7,7 @@ import secrets
 import sys
 import threading
 import traceback
+import weakref
 from types import TracebackType
 from typing import Any
 
@@ -96,7 +97,7 @@ class World:
         return block[:nbytes].view(dtype).reshape(shape)
 
     def __del__(self) -> None:
-        if hasattr(self, "_w"):
+        if hasattr(self, "_w") and lib is not None:  # module globals are gone when the interpreter ends
             lib.xccl_shm_detach(self._w)
             lib.xccl_shm_unmap(self._w)
 
@@ -148,9 +149,12 @@ def abort_on_uncaught(world: World, then_exit: Any = None) -> None:
     `then_exit`, if given, is called afterwards (MPI's abort).
     """
     previous = sys.excepthook
+    watched = weakref.ref(world)  # the hook stays for ever, the mapping must not
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        world.abort("".join(traceback.format_exception(kind, error, trace)))
+        alive = watched()
+        if alive is not None:
+            alive.abort("".join(traceback.format_exception(kind, error, trace)))
         # The rank that raised shows its traceback; the others only follow.
         if not (isinstance(error, XcclAborted) and "XCCL_LAUNCHER_PID" in os.environ):
             previous(kind, error, trace)
