@@ -79,7 +79,7 @@ class Collectives(CommunicatorBase):
         return out
 
     def all_gather(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Array:
-        """Collects `x` of all ranks, of equal shape and dtype, into [size, *x.shape]. Collective.
+        """Collects `x` of all ranks, of equal shape and dtype, into `[size, *x.shape]`. Collective.
 
         `x` may be `out[rank]`.
         """
@@ -115,7 +115,7 @@ class Collectives(CommunicatorBase):
     ) -> Array:
         """Reduces `x` of all ranks as `all_reduce`; each rank gets its part of axis 0 of the result. Collective.
 
-        x.shape[0] must be divisible by the number of ranks; the result is [x.shape[0] / size, *x.shape[1:]].
+        x.shape[0] must be divisible by the number of ranks; the result is `[x.shape[0] / size, *x.shape[1:]]`.
         """
         source = readable(x, "x", "reduce_scatter")
         rows = self._rows_per_rank(x, "reduce_scatter")
@@ -156,7 +156,7 @@ class Collectives(CommunicatorBase):
         """Sends send_counts[i] rows of `x` to rank i, in order, and collects the rows for this rank. Collective.
 
         Counts are rows of axis 0, one per rank, zero allowed; sum(send_counts) is x.shape[0]. The result is
-        [sum of the received counts, *x.shape[1:]], ordered by source rank. Without `recv_counts` the counts come with
+        `[sum of the received counts, *x.shape[1:]]`, ordered by source rank. Without `recv_counts` the counts come with
         the messages; ranks may differ in whether they give them. Rows must have equal shape and dtype on all ranks.
         """
         source = readable(x, "x", "all_to_all_v")
