@@ -34,6 +34,9 @@ class ExpertParallel:
     the same shape. Arrays are never copied silently: dtype and layout must be as described, or XcclUsageError says
     what differs.
 
+    Making one is collective. It raises XcclUsageError if an argument differs between ranks (naming it and the rank),
+    XcclOutOfMemory if the address space does not suffice.
+
     Parameters
     ----------
     comm : Communicator
@@ -62,9 +65,6 @@ class ExpertParallel:
     local_experts : int64 [num_local_experts]
         Ids of this rank's experts, ascending; "local expert i" is local_experts[i].
     num_local_experts : int
-
-    Raises XcclUsageError if an argument differs between ranks (naming it and the rank), XcclOutOfMemory if the address
-    space does not suffice. Collective.
     """
 
     def __init__(
@@ -162,6 +162,9 @@ class ExpertParallel:
     ) -> Rows | RawRows:
         """Sends each token to the ranks of its experts, and receives the tokens of this rank's experts. Collective.
 
+        Arguments may be reused on return. Raises XcclUsageError naming argument, index, got and expected;
+        XcclTimeout naming the ranks whose tokens are missing.
+
         Parameters
         ----------
         x : dtype [num_tokens, hidden]
@@ -181,9 +184,6 @@ class ExpertParallel:
             garbage-collected. With dequantize=False a pair (int8 rows, float32 scales [num_recv]).
         handle : Handle
             Rows of each local expert, where they come from; combine takes it.
-
-        Arguments may be reused on return. Raises XcclUsageError naming argument, index, got and expected;
-        XcclTimeout naming the ranks whose tokens are missing.
         """
         started = time.monotonic()
         handle = self._send(x, topk_idx, topk_weights, out, dequantize, timeout)
@@ -308,7 +308,7 @@ class ExpertParallel:
 
         The sum runs in float32 over the slots of topk_idx in ascending order and is rounded once. Weights are
         those given here, else those given to dispatch, else the sum is a plain one. A token without experts
-        gives zeros.
+        gives zeros. Returns [num_tokens, hidden]; y may be changed on return.
 
         Parameters
         ----------
@@ -321,8 +321,6 @@ class ExpertParallel:
         topk_weights : float32 [num_tokens, num_topk], optional
         out : dtype [num_tokens, hidden], optional
             Where to put the result; must not overlap y.
-
-        Returns [num_tokens, hidden]. y may be changed on return.
         """
         started = time.monotonic()
         self._publish(y, handle, topk_weights, out, timeout)

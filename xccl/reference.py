@@ -1,6 +1,6 @@
 """The MoE operations in plain NumPy: the oracle that xccl.ExpertParallel agrees with bit for bit.
 
-Nothing here communicates. A list has one entry for each rank: what the rank would pass, or what it would get.
+Nothing here communicates. A list has one entry for each rank: what the rank would pass, or what it would get::
 
     received = reference.dispatch([x0, x1], [topk_idx0, topk_idx1], num_experts=8, quant="int8")
     ys = [expert(r.recv_x, r.num_recv_tokens_per_expert) for r in received]
@@ -23,10 +23,15 @@ Array = NDArray[Any]
 class Received:
     """What one rank gets from a dispatch. Rows are sorted by (local expert, source rank, token, slot).
 
-    recv_x: [num_recv, hidden], of the dtype that was sent; int8 after ``dequantize=False``.
-    scales: float32 [num_recv] after ``dequantize=False``, else None.
-    num_recv_tokens_per_expert: int32 [num_local_experts].
-    src_rank, src_token, src_slot: int32 [num_recv], where each row comes from; slot: column of topk_idx.
+    Attributes
+    ----------
+    recv_x : [num_recv, hidden]
+        Of the dtype that was sent; int8 after ``dequantize=False``.
+    scales : float32 [num_recv]
+        After ``dequantize=False``, else None.
+    num_recv_tokens_per_expert : int32 [num_local_experts]
+    src_rank, src_token, src_slot : int32 [num_recv]
+        Where each row comes from; slot: column of topk_idx.
     """
 
     recv_x: Array
