@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import xccl
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\S+)\n(.*?)^```$", re.M | re.S)
@@ -82,3 +84,9 @@ def test_every_source_file_has_its_line_in_the_layers_page() -> None:
     files = sorted({file.name for pattern in patterns for file in ROOT.glob(pattern)})
     missing = [name for name in files if f"`{name}`" not in text]
     assert not missing, "docs/layers.md says what each source file is about"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (ROOT / "docs" / "api.md").read_text() + " ".join(name for name in dir(xccl.errors) if "Xccl" in name)
+    missing = [name for name in xccl.__all__ if not re.search(rf"\b{name}\b", text)]
+    assert not missing, "docs/api.md has a place for each public name"
