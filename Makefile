@@ -1,6 +1,5 @@
 # All set-up happens here: `make serve` and `make test` work in a fresh clone.
-# Needs Linux, Python 3.11 or later with venv and headers, a C compiler and make.
-#   Debian, Ubuntu: apt-get install python3-dev python3-venv gcc make
+# Needs Linux, make, a C compiler, and Python 3.11 or later with venv and headers: .ci/tools checks that.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -54,9 +53,5 @@ $(VENV)/.installed-%: $(BUILD_INPUTS) | $(BIN)/pip
 	touch $@
 
 $(BIN)/pip:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo "xccl needs Python 3.11 or later: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import os, sys, sysconfig; \
-	    sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
-	    { echo "Python.h not found: install the headers of $(PYTHON) (Debian: apt-get install python3-dev)" >&2; exit 1; }
+	.ci/tools $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
