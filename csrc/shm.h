@@ -19,7 +19,7 @@
 
 enum { XCCL_LINE = 64, XCCL_PAGE = 4096, XCCL_MAX_CONTEXTS = 256, XCCL_AREAS = 3, XCCL_MAX_HOOKS = XCCL_MAX_CONTEXTS };
 
-/* What a rank does; shown by hang reports and tools. Names in shm.c. */
+/* What a rank does; shown by hang reports and tools. Names in rank_table.c. */
 typedef enum xccl_op_t {
     XCCL_OP_NONE,
     XCCL_OP_INIT,
@@ -116,6 +116,14 @@ struct xccl_world_t {
 /* Note what this rank does. Relaxed stores to its own line: cheap, always on. */
 void xccl_op_begin(xccl_world_t *world, xccl_op_t op);
 void xccl_op_phase(xccl_world_t *world, int phase);
+
+typedef struct xccl_process_t {
+    char state; /* letter of /proc: R, S, Z, ... */
+    uint64_t start_time;
+} xccl_process_t;
+
+/* What /proc says of a process; false if it cannot be read. */
+bool xccl_shm_read_process(int pid, xccl_process_t *out);
 
 /* Process of `rank` is gone or a zombie, though it never left. */
 bool xccl_shm_is_dead(const xccl_world_t *world, int rank);
