@@ -199,3 +199,15 @@ def test_every_16_bit_float_survives(comm: xccl.Communicator) -> None:
         assert same_bits(comm.all_reduce(number, "max"), number)
         zero = np.zeros_like(number) if comm.rank == 1 else number
         assert (comm.all_reduce(zero) == number).all()
+
+
+@ranks(1, 3)
+def test_a_refused_out_of_all_to_all_v_keeps_the_ranks_in_step(comm: xccl.Communicator) -> None:
+    """Its size is known only when the counts have come: by then the peers' rows are on their way."""
+    x, counts = np.arange(comm.size * 20000, dtype=np.int64), [20000] * comm.size
+    if comm.rank == 0:
+        with pytest.raises(xccl.XcclUsageError, match=r"out must be int64\[\d+\], got int64\[1\]"):
+            comm.all_to_all_v(x, counts, out=np.empty(1, np.int64))
+    else:
+        comm.all_to_all_v(x, counts)
+    assert comm.all_to_all_v(x, counts).tolist() == (x.reshape(comm.size, -1)[comm.rank].tolist() * comm.size)

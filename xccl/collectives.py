@@ -175,7 +175,14 @@ class Collectives(CommunicatorBase):
             recv_bytes = ffi.new("uint64_t[]", self.size)
             check(lib.xccl_coll_all_to_all_v_begin(*call, nanoseconds, recv_bytes))
             rows = sum(recv_bytes) // row_bytes
-            out, address = _result(out, (rows, *x.shape[1:]), x.dtype, "all_to_all_v")
+            shape = (rows, *x.shape[1:])
+            try:
+                out, address = _result(out, shape, x.dtype, "all_to_all_v")
+            except XcclUsageError:
+                # the rows are on their way: taking them keeps this rank in step with those that did nothing wrong
+                _, scratch = _result(None, shape, x.dtype, "all_to_all_v")
+                check(lib.xccl_coll_all_to_all_v_finish(self._handle(), nanoseconds, _ptr(scratch)))
+                raise
             check(lib.xccl_coll_all_to_all_v_finish(self._handle(), nanoseconds, _ptr(address)))
         else:
             receive = _counts(recv_counts, self.size, "recv_counts")
