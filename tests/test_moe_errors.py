@@ -255,12 +255,11 @@ def test_no_memory_is_an_error_and_nothing_is_lost() -> None:
             x = np.full((1, hidden), comm.rank, np.float32)
             np.testing.assert_array_equal(ep.combine(*ep.dispatch(x, everywhere[:1])), size * x)
 
-    heap_size = xccl.rc.heap_size
     xccl.rc.heap_size = 8 * size**2 * num_tokens * hidden * 4
     try:
         xccl.run(body, size, timeout=60)
     finally:
-        xccl.rc.heap_size = heap_size
+        del xccl.rc.heap_size
 
 
 @ranks(2)
