@@ -13,6 +13,8 @@ from subprocess import PIPE
 
 import pytest
 
+from xccl.cli_run import Job
+
 PROGRAM = """
 import os, signal, sys, time
 import xccl
@@ -206,3 +208,14 @@ def test_a_death_is_noticed_without_a_launcher(
     for survivor in (0, 2):
         assert "rank 1" in outputs[survivor][1]
     assert any(f"XcclPeerLost: rank {r}:" in outputs[r][1] and "rank 1 is lost" in outputs[r][1] for r in (0, 2))
+
+
+def test_a_rank_that_failed_before_the_first_look_is_seen() -> None:
+    job = Job(["sh", "-c", "exit 3"], 1, prefix=False)
+    try:
+        job.start()
+        os.waitid(os.P_PID, job.processes[0].pid, os.WEXITED | os.WNOWAIT)
+        assert job.processes[0].poll() == 3
+        assert job.watch(timeout=None) == 3
+    finally:
+        job.close()

@@ -110,10 +110,12 @@ class Job:
     def watch(self, timeout: float | None) -> int:
         """Forwards output until all ranks have ended; returns the exit code."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while self.running():
+        unseen = set(range(self.size))  # not running(): a rank may fail between two turns
+        while unseen:
             if deadline is not None and time.monotonic() >= deadline:
                 return self.fail_timeout(timeout)
             for rank in self.turn(deadline):
+                unseen.remove(rank)
                 code = self.processes[rank].wait()
                 if code != 0:
                     return self.fail(rank, code)
