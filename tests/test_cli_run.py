@@ -110,9 +110,16 @@ def test_init_again_under_the_launcher_is_refused(program: Path) -> None:
     assert "a rank attaches once" in done.stderr
 
 
+def _heed_ctrl_c() -> None:
+    """A shell starts what it puts into the background with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _start_waiting(program: Path) -> tuple[subprocess.Popen[str], list[int]]:
     command = [sys.executable, "-m", "xccl", "run", "-n", "2", str(program), "wait"]
-    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_ctrl_c
+    )
     assert launcher.stdout is not None
     return launcher, [int(launcher.stdout.readline().split()[1]) for _ in range(2)]
 
