@@ -24,6 +24,8 @@ _ERRORS: dict[int, type[errors.XcclError]] = {
     lib.XCCL_ERR_SYSTEM: errors.XcclSystemError,
 }
 
+_CHARS = ffi.typeof("char[]")
+
 _pending_interrupt: list[BaseException] = []
 
 
@@ -58,14 +60,35 @@ def timeout_ns(timeout: float | None) -> int:
 
 
 def array_address(a: np.ndarray[Any, Any]) -> int:
-    """Address of the first element; works for every dtype, unlike the buffer protocol (bfloat16)."""
-    if a.ndim and a.flags.c_contiguous:  # twice as fast as the general way
-        return int(ffi.cast("uintptr_t", ffi.from_buffer(a.view(np.uint8))))
+    """Address of the first element."""
     return int(a.__array_interface__["data"][0])
 
 
-def readable(a: np.ndarray[Any, Any], name: str, operation: str) -> int:
-    """Address of `a` after checking that the C core can read it as one contiguous block."""
+def readable(a: np.ndarray[Any, Any], name: str, operation: str) -> Any:
+    """Pointer (char *) to `a` after checking that the C core can read it as one contiguous block."""
+    return _pointer(a, name, operation, False)
+
+
+def writable(a: np.ndarray[Any, Any], name: str, operation: str) -> Any:
+    """Pointer (char *) to `a` after checking that the C core can write it as one contiguous block."""
+    return _pointer(a, name, operation, True)
+
+
+def _pointer(a: np.ndarray[Any, Any], name: str, operation: str, write: bool) -> Any:
+    if isinstance(a, np.ndarray) and not a.dtype.hasobject:
+        # The buffer protocol checks what is needed, and is five times as fast as asking for each property.
+        try:
+            return ffi.from_buffer(_CHARS, a, write)
+        except (BufferError, ValueError):
+            pass  # a real fault, or a dtype without that protocol (bfloat16, datetime64)
+    _require_block(a, name, operation, write)
+    if a.ndim:
+        return ffi.from_buffer(_CHARS, a.view(np.uint8), write)
+    return ffi.cast("char *", array_address(a))
+
+
+def _require_block(a: np.ndarray[Any, Any], name: str, operation: str, write: bool) -> None:
+    """Raises XcclUsageError with the reason why the C core cannot use `a`."""
     if not isinstance(a, np.ndarray):
         raise errors.XcclUsageError(f"{operation}: {name} must be a NumPy array, got {type(a).__name__}")
     if not a.flags.c_contiguous:
@@ -75,12 +98,5 @@ def readable(a: np.ndarray[Any, Any], name: str, operation: str) -> int:
         )
     if a.dtype.hasobject:
         raise errors.XcclUsageError(f"{operation}: {name} has dtype {a.dtype}: Python objects cannot be shared")
-    return array_address(a)
-
-
-def writable(a: np.ndarray[Any, Any], name: str, operation: str) -> int:
-    """Address of `a` after checking that the C core can write it as one contiguous block."""
-    address = readable(a, name, operation)
-    if not a.flags.writeable:
+    if write and not a.flags.writeable:
         raise errors.XcclUsageError(f"{operation}: {name} is read-only")
-    return address

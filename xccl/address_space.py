@@ -96,9 +96,9 @@ class AddressSpace(CommunicatorBase):
 
         The array must not be used afterwards, nor its views: the memory may become part of another one.
         """
-        address = a.address if isinstance(a, Signal) else array_address(a)
+        address = a.pointer if isinstance(a, Signal) else ffi.cast("void *", array_address(a))
         offset = ffi.new("uint64_t *")
-        check(lib.xccl_gas_offset(self._world._w, ffi.cast("void *", address), 1, offset))
+        check(lib.xccl_gas_offset(self._world._w, address, 1, offset))
         check(lib.xccl_heap_free(self._handle(), lib.XCCL_AREA_APP, offset[0], timeout_ns(timeout)))
 
     def signal(self, n: int = 1, *, timeout: float | None = None) -> Signal:
@@ -112,7 +112,7 @@ class AddressSpace(CommunicatorBase):
         """
         address = readable(a, "a", "ptr")
         out = ffi.new("void **")
-        check(lib.xccl_gas_ptr(self._handle(), ffi.cast("void *", address), a.nbytes, pe, out))
+        check(lib.xccl_gas_ptr(self._handle(), address, a.nbytes, pe, out))
         return self._world.array_at(int(ffi.cast("uintptr_t", out[0])), a.shape, a.dtype)
 
     # ---- put, get ----
@@ -133,7 +133,7 @@ class AddressSpace(CommunicatorBase):
     def put_signal(self, dst: Array, src: Array, pe: int, *, signal: Signal, value: int, op: SignalOp = "set") -> None:
         """Puts, then sets (or adds to) rank `pe`'s copy of `signal`: whoever sees the signal sees the data."""
         to, source = _pair(dst, src, "put_signal")
-        word = ffi.cast("uint64_t *", signal.single("put_signal"))
+        word = signal.single("put_signal")
         code = _lookup(_SIGNAL_OPS, op, "put_signal", "op")
         check(lib.xccl_gas_put_signal(self._handle(), to, source, src.nbytes, word, value, code, pe))
 
@@ -141,7 +141,7 @@ class AddressSpace(CommunicatorBase):
 
     def signal_op(self, signal: Signal, value: int, pe: int, *, op: SignalOp = "set") -> None:
         """Sets (or adds to) rank `pe`'s copy of `signal`, after all earlier puts of this rank to `pe`."""
-        word = ffi.cast("uint64_t *", signal.single("signal_op"))
+        word = signal.single("signal_op")
         check(lib.xccl_gas_signal_op(self._handle(), word, value, _lookup(_SIGNAL_OPS, op, "signal_op", "op"), pe))
 
     def wait_until(self, signal: Signal, cmp: Comparison, value: int, *, timeout: float | None = None) -> int:
@@ -150,7 +150,7 @@ class AddressSpace(CommunicatorBase):
         Everything that the signalling rank ordered before the signal is visible afterwards. Raises XcclTimeout,
         XcclPeerLost, XcclAborted.
         """
-        word = ffi.cast("uint64_t *", signal.single("wait_until"))
+        word = signal.single("wait_until")
         code = _lookup(_COMPARISONS, cmp, "wait_until", "cmp")
         seen = ffi.new("uint64_t *")
         check(lib.xccl_gas_wait_until(self._handle(), word, code, value, timeout_ns(timeout), seen))
@@ -183,7 +183,7 @@ class AddressSpace(CommunicatorBase):
         return self._atomic(target, lib.XCCL_ATOMIC_COMPARE_SWAP, value, compare, pe, "atomic_compare_swap")
 
     def _atomic(self, target: Array, code: int, value: int, compare: int, pe: int, operation: str) -> int:
-        address = writable(target, "target", operation)
+        word = writable(target, "target", operation)
         if target.size != 1 or target.dtype.kind not in "iu" or target.itemsize not in (4, 8):
             raise XcclUsageError(
                 f"{operation}: target must be one element of (u)int32 or (u)int64 (a view such as a[i:i+1]), "
@@ -191,7 +191,6 @@ class AddressSpace(CommunicatorBase):
             )
         mask = (1 << (8 * target.itemsize)) - 1
         old = ffi.new("uint64_t *")
-        word = ffi.cast("void *", address)
         check(lib.xccl_gas_atomic(self._handle(), word, target.itemsize, code, value & mask, compare & mask, pe, old))
         return int(np.array(old[0], dtype=np.uint64).astype(f"u{target.itemsize}").view(target.dtype))
 
@@ -201,13 +200,13 @@ class AddressSpace(CommunicatorBase):
 
 
 def _pair(dst: Array, src: Array, operation: str) -> tuple[Any, Any]:
-    """Addresses of a destination and a source that must agree in shape and dtype."""
+    """Pointers to a destination and a source that must agree in shape and dtype."""
     to, source = writable(dst, "dst", operation), readable(src, "src", operation)
     if dst.dtype != src.dtype or dst.shape != src.shape:
         raise XcclUsageError(
             f"{operation}: dst is {dst.dtype}{list(dst.shape)}, src is {src.dtype}{list(src.shape)}: they must be equal"
         )
-    return ffi.cast("void *", to), ffi.cast("void *", source)
+    return to, source
 
 
 def _lookup(table: dict[str, int], word: str, operation: str, name: str) -> int:

@@ -75,7 +75,7 @@ class Collectives(CommunicatorBase):
             source = readable(buf, "buf", "broadcast")
             address = _checked_out(out, buf.shape, buf.dtype, "broadcast")
         code = _dtype_code(buf.dtype)
-        check(lib.xccl_coll_broadcast(handle, _ptr(source), buf.nbytes, code, root, timeout_ns(timeout), _ptr(address)))
+        check(lib.xccl_coll_broadcast(handle, source, buf.nbytes, code, root, timeout_ns(timeout), address))
         return out
 
     def all_gather(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Array:
@@ -86,9 +86,7 @@ class Collectives(CommunicatorBase):
         source = readable(x, "x", "all_gather")
         out, address = _result(out, (self.size, *x.shape), x.dtype, "all_gather")
         code = _dtype_code(x.dtype)
-        check(
-            lib.xccl_coll_all_gather(self._handle(), _ptr(source), x.nbytes, code, timeout_ns(timeout), _ptr(address))
-        )
+        check(lib.xccl_coll_all_gather(self._handle(), source, x.nbytes, code, timeout_ns(timeout), address))
         return out
 
     def all_reduce(
@@ -103,11 +101,7 @@ class Collectives(CommunicatorBase):
         source = readable(x, "x", "all_reduce")
         code, reduce_op = _reduction(x.dtype, op, "all_reduce")
         out, address = _result(out, x.shape, x.dtype, "all_reduce")
-        check(
-            lib.xccl_coll_all_reduce(
-                self._handle(), _ptr(source), x.size, code, reduce_op, timeout_ns(timeout), _ptr(address)
-            )
-        )
+        check(lib.xccl_coll_all_reduce(self._handle(), source, x.size, code, reduce_op, timeout_ns(timeout), address))
         return out
 
     def reduce_scatter(
@@ -123,7 +117,7 @@ class Collectives(CommunicatorBase):
         out, address = _result(out, (rows, *x.shape[1:]), x.dtype, "reduce_scatter")
         check(
             lib.xccl_coll_reduce_scatter(
-                self._handle(), _ptr(source), out.size, code, reduce_op, timeout_ns(timeout), _ptr(address)
+                self._handle(), source, out.size, code, reduce_op, timeout_ns(timeout), address
             )
         )
         return out
@@ -138,9 +132,7 @@ class Collectives(CommunicatorBase):
         out, address = _result(out, x.shape, x.dtype, "all_to_all")
         code = _dtype_code(x.dtype)
         check(
-            lib.xccl_coll_all_to_all(
-                self._handle(), _ptr(source), x.nbytes // self.size, code, timeout_ns(timeout), _ptr(address)
-            )
+            lib.xccl_coll_all_to_all(self._handle(), source, x.nbytes // self.size, code, timeout_ns(timeout), address)
         )
         return out
 
@@ -169,7 +161,7 @@ class Collectives(CommunicatorBase):
         if recv_counts is None and row_bytes == 0:  # rows without bytes cannot be counted by their bytes
             recv_counts = self.all_to_all(np.array(send, dtype=np.int64), timeout=timeout)
         send_bytes = ffi.new("uint64_t[]", [count * row_bytes for count in send])
-        call = (self._handle(), _ptr(source), send_bytes, row_bytes, _dtype_code(x.dtype))
+        call = (self._handle(), source, send_bytes, row_bytes, _dtype_code(x.dtype))
         nanoseconds = timeout_ns(timeout)
         if recv_counts is None:
             recv_bytes = ffi.new("uint64_t[]", self.size)
@@ -181,14 +173,14 @@ class Collectives(CommunicatorBase):
             except XcclUsageError:
                 # the rows are on their way: taking them keeps this rank in step with those that did nothing wrong
                 _, scratch = _result(None, shape, x.dtype, "all_to_all_v")
-                check(lib.xccl_coll_all_to_all_v_finish(self._handle(), nanoseconds, _ptr(scratch)))
+                check(lib.xccl_coll_all_to_all_v_finish(self._handle(), nanoseconds, scratch))
                 raise
-            check(lib.xccl_coll_all_to_all_v_finish(self._handle(), nanoseconds, _ptr(address)))
+            check(lib.xccl_coll_all_to_all_v_finish(self._handle(), nanoseconds, address))
         else:
             receive = _counts(recv_counts, self.size, "recv_counts")
             recv_bytes = ffi.new("uint64_t[]", [count * row_bytes for count in receive])
             out, address = _result(out, (sum(receive), *x.shape[1:]), x.dtype, "all_to_all_v")
-            check(lib.xccl_coll_all_to_all_v(*call, recv_bytes, nanoseconds, _ptr(address)))
+            check(lib.xccl_coll_all_to_all_v(*call, recv_bytes, nanoseconds, address))
         return out
 
     def _rows_per_rank(self, x: Array, operation: str) -> int:
@@ -197,10 +189,6 @@ class Collectives(CommunicatorBase):
                 f"{operation}: axis 0 of x must be divisible by the number of ranks, {self.size}; got shape {x.shape}"
             )
         return int(x.shape[0]) // self.size
-
-
-def _ptr(address: int) -> Any:
-    return ffi.cast("void *", address)
 
 
 def _dtype_code(dtype: np.dtype[Any]) -> int:
@@ -217,16 +205,16 @@ def _reduction(dtype: np.dtype[Any], op: str, operation: str) -> tuple[int, int]
     return code, _REDUCE_OPS[op]
 
 
-def _checked_out(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any], operation: str) -> int:
-    """Address of an output array of just this shape and dtype."""
+def _checked_out(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any], operation: str) -> Any:
+    """Pointer to an output array of just this shape and dtype."""
     address = writable(out, "out", operation)
     if out.shape != shape or out.dtype != dtype:
         raise XcclUsageError(f"{operation}: out must be {dtype}{list(shape)}, got {out.dtype}{list(out.shape)}")
     return address
 
 
-def _result(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any], operation: str) -> tuple[Array, int]:
-    """`out` after checking it, or a new array; and its address."""
+def _result(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any], operation: str) -> tuple[Array, Any]:
+    """`out` after checking it, or a new array; and a pointer to it."""
     if out is None:
         out = np.empty(shape, dtype)
     return out, _checked_out(out, shape, dtype, operation)

@@ -444,7 +444,7 @@ class ExpertParallel:
         expected = dtype or self.dtype
         if a.ndim != 2 or a.shape[1] != self.hidden or a.dtype != expected:
             raise self._error(operation, f"{name} is {_kind(a)}, expected {expected} [rows, {self.hidden}]")
-        return ffi.cast("void *", address)
+        return address
 
     def _slots(self, operation: str, name: str, a: Array, num_tokens: int, dtype: np.dtype[Any]) -> Any:
         """Pointer to one number for each token and expert slot."""

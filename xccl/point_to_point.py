@@ -73,7 +73,7 @@ class PointToPoint(CommunicatorBase):
         check(
             lib.xccl_p2p_send(
                 self._handle(),
-                ffi.cast("void *", address),
+                address,
                 buf.nbytes,
                 _integer(dest, "dest", "send"),
                 _integer(tag, "tag", "send"),
@@ -100,7 +100,7 @@ class PointToPoint(CommunicatorBase):
         check(
             lib.xccl_p2p_recv(
                 self._handle(),
-                ffi.cast("void *", address),
+                address,
                 buf.nbytes,
                 _integer(source, "source", "recv"),
                 _integer(tag, "tag", "recv"),
@@ -121,7 +121,7 @@ class PointToPoint(CommunicatorBase):
         check(
             lib.xccl_p2p_isend(
                 self._handle(),
-                ffi.cast("void *", address),
+                address,
                 buf.nbytes,
                 _integer(dest, "dest", "isend"),
                 _integer(tag, "tag", "isend"),
@@ -142,7 +142,7 @@ class PointToPoint(CommunicatorBase):
         check(
             lib.xccl_p2p_irecv(
                 self._handle(),
-                ffi.cast("void *", address),
+                address,
                 buf.nbytes,
                 _integer(source, "source", "irecv"),
                 _integer(tag, "tag", "irecv"),

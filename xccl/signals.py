@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from xccl._binding import array_address, ffi
 from xccl.errors import XcclUsageError
 
 _WORDS_PER_LINE = 8  # uint64 words of a 64-byte cache line
@@ -20,7 +21,7 @@ class Signal:
 
     def __init__(self, words: np.ndarray[Any, Any]) -> None:
         self._words = words
-        self.address = int(words.__array_interface__["data"][0])
+        self.pointer = ffi.cast("uint64_t *", array_address(words))
 
     @property
     def n(self) -> int:
@@ -45,11 +46,11 @@ class Signal:
     def __repr__(self) -> str:
         return f"<xccl.Signal n={self.n} values={self._words[::_WORDS_PER_LINE].tolist()}>"
 
-    def single(self, operation: str) -> int:
-        """Address of the one word; raises XcclUsageError if there are several."""
+    def single(self, operation: str) -> Any:
+        """Pointer to the one word; raises XcclUsageError if there are several."""
         if self.n != 1:
             raise XcclUsageError(f"{operation}: this signal has {self.n} words, name one of them: signal[i]")
-        return self.address
+        return self.pointer
 
 
 def words_for(n: int) -> int:
