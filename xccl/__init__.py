@@ -25,6 +25,7 @@ from xccl.moe_config import BufferBytes
 from xccl.moe_handle import Handle, Hook
 from xccl.options import rc
 from xccl.point_to_point import ANY_SOURCE, ANY_TAG
+from xccl.prepared import Prepared
 from xccl.request import Message, Request
 from xccl.signals import Signal
 
@@ -39,6 +40,7 @@ __all__ = [
     "Handle",
     "Hook",
     "Message",
+    "Prepared",
     "Request",
     "Signal",
     "XcclAborted",

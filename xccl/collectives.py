@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from xccl._base import CommunicatorBase
 from xccl._binding import check, ffi, lib, readable, timeout_ns, writable
 from xccl.errors import XcclUsageError
+from xccl.prepared import Call
 
 Array = np.ndarray[Any, Any]
 ReduceOp = Literal["sum", "min", "max", "prod"]
@@ -57,7 +58,10 @@ class Collectives(CommunicatorBase):
 
     def barrier(self, *, timeout: float | None = None) -> None:
         """Returns when all ranks have called it; what they wrote before is visible then. Collective."""
-        check(lib.xccl_coll_barrier(self._handle(), timeout_ns(timeout)))
+        self._barrier(timeout=timeout).run()
+
+    def _barrier(self, *, timeout: float | None = None) -> Call:
+        return Call(lib.xccl_coll_barrier, (self._handle(), timeout_ns(timeout)))
 
     def broadcast(self, buf: Array, root: int, *, out: Array | None = None, timeout: float | None = None) -> Array:
         """Copies `buf` of rank `root` to all ranks: into `buf` of the others, or `out` of all. Collective.
@@ -65,7 +69,10 @@ class Collectives(CommunicatorBase):
         Without `out`, every rank gives a `buf` of equal shape and dtype and gets it back filled. With `out` (which is
         returned), `buf` is not written, and is read on `root` only; the others may pass the same array twice.
         """
-        handle = self._handle()
+        result: Array = self._broadcast(buf, root, out=out, timeout=timeout).run()
+        return result
+
+    def _broadcast(self, buf: Array, root: int, *, out: Array | None = None, timeout: float | None = None) -> Call:
         if not 0 <= root < self.size:
             raise XcclUsageError(f"broadcast: root is a rank from 0 to {self.size - 1}, got {root}")
         if out is None:
@@ -75,19 +82,23 @@ class Collectives(CommunicatorBase):
             source = readable(buf, "buf", "broadcast")
             address = _checked_out(out, buf.shape, buf.dtype, "broadcast")
         code = _dtype_code(buf.dtype)
-        check(lib.xccl_coll_broadcast(handle, source, buf.nbytes, code, root, timeout_ns(timeout), address))
-        return out
+        arguments = (self._handle(), source, buf.nbytes, code, root, timeout_ns(timeout), address)
+        return Call(lib.xccl_coll_broadcast, arguments, out, (buf, out))
 
     def all_gather(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Array:
         """Collects `x` of all ranks, of equal shape and dtype, into `[size, *x.shape]`. Collective.
 
         `x` may be `out[rank]`.
         """
+        result: Array = self._all_gather(x, out=out, timeout=timeout).run()
+        return result
+
+    def _all_gather(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Call:
         source = readable(x, "x", "all_gather")
         out, address = _result(out, (self.size, *x.shape), x.dtype, "all_gather")
         code = _dtype_code(x.dtype)
-        check(lib.xccl_coll_all_gather(self._handle(), source, x.nbytes, code, timeout_ns(timeout), address))
-        return out
+        arguments = (self._handle(), source, x.nbytes, code, timeout_ns(timeout), address)
+        return Call(lib.xccl_coll_all_gather, arguments, out, (x, out))
 
     def all_reduce(
         self, x: Array, op: ReduceOp = "sum", *, out: Array | None = None, timeout: float | None = None
@@ -98,11 +109,17 @@ class Collectives(CommunicatorBase):
         result has the same bits on all ranks and on every run. float16 and bfloat16 are accumulated in float32 and
         rounded once; integers wrap; a NaN makes min and max NaN; bool has min and max only. `out` may be `x`.
         """
+        result: Array = self._all_reduce(x, op, out=out, timeout=timeout).run()
+        return result
+
+    def _all_reduce(
+        self, x: Array, op: ReduceOp = "sum", *, out: Array | None = None, timeout: float | None = None
+    ) -> Call:
         source = readable(x, "x", "all_reduce")
         code, reduce_op = _reduction(x.dtype, op, "all_reduce")
         out, address = _result(out, x.shape, x.dtype, "all_reduce")
-        check(lib.xccl_coll_all_reduce(self._handle(), source, x.size, code, reduce_op, timeout_ns(timeout), address))
-        return out
+        arguments = (self._handle(), source, x.size, code, reduce_op, timeout_ns(timeout), address)
+        return Call(lib.xccl_coll_all_reduce, arguments, out, (x, out))
 
     def reduce_scatter(
         self, x: Array, op: ReduceOp = "sum", *, out: Array | None = None, timeout: float | None = None
@@ -111,30 +128,34 @@ class Collectives(CommunicatorBase):
 
         x.shape[0] must be divisible by the number of ranks; the result is `[x.shape[0] / size, *x.shape[1:]]`.
         """
+        result: Array = self._reduce_scatter(x, op, out=out, timeout=timeout).run()
+        return result
+
+    def _reduce_scatter(
+        self, x: Array, op: ReduceOp = "sum", *, out: Array | None = None, timeout: float | None = None
+    ) -> Call:
         source = readable(x, "x", "reduce_scatter")
         rows = self._rows_per_rank(x, "reduce_scatter")
         code, reduce_op = _reduction(x.dtype, op, "reduce_scatter")
         out, address = _result(out, (rows, *x.shape[1:]), x.dtype, "reduce_scatter")
-        check(
-            lib.xccl_coll_reduce_scatter(
-                self._handle(), source, out.size, code, reduce_op, timeout_ns(timeout), address
-            )
-        )
-        return out
+        arguments = (self._handle(), source, out.size, code, reduce_op, timeout_ns(timeout), address)
+        return Call(lib.xccl_coll_reduce_scatter, arguments, out, (x, out))
 
     def all_to_all(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Array:
         """Sends part i of axis 0 of `x` to rank i, and collects what the ranks have for this one. Collective.
 
         x.shape[0] must be divisible by the number of ranks. The result has x's shape; part i comes from rank i.
         """
+        result: Array = self._all_to_all(x, out=out, timeout=timeout).run()
+        return result
+
+    def _all_to_all(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Call:
         source = readable(x, "x", "all_to_all")
         self._rows_per_rank(x, "all_to_all")
         out, address = _result(out, x.shape, x.dtype, "all_to_all")
         code = _dtype_code(x.dtype)
-        check(
-            lib.xccl_coll_all_to_all(self._handle(), source, x.nbytes // self.size, code, timeout_ns(timeout), address)
-        )
-        return out
+        arguments = (self._handle(), source, x.nbytes // self.size, code, timeout_ns(timeout), address)
+        return Call(lib.xccl_coll_all_to_all, arguments, out, (x, out))
 
     def all_to_all_v(
         self,

@@ -15,6 +15,21 @@ from xccl.bootstrap import find_place
 from xccl.collectives import Collectives
 from xccl.errors import XcclUsageError
 from xccl.point_to_point import PointToPoint
+from xccl.prepared import Prepared
+
+PREPARABLE = (
+    "barrier",
+    "broadcast",
+    "all_gather",
+    "all_reduce",
+    "reduce_scatter",
+    "all_to_all",
+    "send",
+    "recv",
+    "put",
+    "get",
+    "put_signal",
+)
 
 
 class Communicator(AddressSpace, PointToPoint, Collectives):
@@ -44,6 +59,19 @@ class Communicator(AddressSpace, PointToPoint, Collectives):
         out = ffi.new("xccl_comm_t **")
         check(lib.xccl_comm_split(self._handle(), -1 if color is None else color, key, timeout_ns(timeout), out))
         return None if out[0] == ffi.NULL else Communicator(self._world, out[0], self)
+
+    def prepare(self, operation: str, *args: Any, **keywords: Any) -> Prepared:
+        """Checks an operation's arguments once; calling the result runs it on the same arrays again and again.
+
+        `operation` is the name of a method ("all_to_all", "send", "put_signal", ...), the rest are its arguments:
+        `op = comm.prepare("all_to_all", x, out=out); op()`. Local; what it prepares may be collective.
+
+        Raises XcclUsageError for an operation that cannot be prepared, or what the operation raises for its
+        arguments.
+        """
+        if operation not in PREPARABLE:
+            raise XcclUsageError(f"prepare: operation is one of {', '.join(PREPARABLE)}, got {operation!r}")
+        return Prepared(self, operation, getattr(self, f"_{operation}")(*args, **keywords))
 
     def close(self, *, timeout: float | None = None) -> None:
         """Completes pending sends and leaves. Arrays stay readable, but no call works any more. Twice is no error.

@@ -11,6 +11,7 @@ import numpy as np
 from xccl._base import CommunicatorBase
 from xccl._binding import check, ffi, lib, readable, timeout_ns, writable
 from xccl.errors import XcclUsageError
+from xccl.prepared import Call
 from xccl.request import Message, Request
 
 Array = np.ndarray[Any, Any]
@@ -69,18 +70,15 @@ class PointToPoint(CommunicatorBase):
             The message is withdrawn, except in mode "sync" when it has already arrived and only waits to be
             received. `buf` may be used again and the communicator stays usable.
         """
+        self._send(buf, dest, tag, mode=mode, timeout=timeout).run()
+
+    def _send(
+        self, buf: Array, dest: int, tag: int = 0, *, mode: SendMode = "default", timeout: float | None = None
+    ) -> Call:
         address = readable(buf, "buf", "send")
-        check(
-            lib.xccl_p2p_send(
-                self._handle(),
-                address,
-                buf.nbytes,
-                _integer(dest, "dest", "send"),
-                _integer(tag, "tag", "send"),
-                _mode(mode, "send"),
-                timeout_ns(timeout),
-            )
-        )
+        to, event = _integer(dest, "dest", "send"), _integer(tag, "tag", "send")
+        arguments = (self._handle(), address, buf.nbytes, to, event, _mode(mode, "send"), timeout_ns(timeout))
+        return Call(lib.xccl_p2p_send, arguments, None, (buf,))
 
     def recv(self, buf: Array, source: int, tag: int = 0, *, timeout: float | None = None) -> Message:
         """Receives a message of exactly `buf.nbytes` bytes into `buf`; returns its source, tag and nbytes.
@@ -95,20 +93,14 @@ class PointToPoint(CommunicatorBase):
         XcclTimeout, XcclPeerLost, XcclAborted
             Nothing was consumed; part of `buf` may have been written.
         """
+        message: Message = self._recv(buf, source, tag, timeout=timeout).run()
+        return message
+
+    def _recv(self, buf: Array, source: int, tag: int = 0, *, timeout: float | None = None) -> Call:
         address = writable(buf, "buf", "recv")
-        out = self._message
-        check(
-            lib.xccl_p2p_recv(
-                self._handle(),
-                address,
-                buf.nbytes,
-                _integer(source, "source", "recv"),
-                _integer(tag, "tag", "recv"),
-                timeout_ns(timeout),
-                out,
-            )
-        )
-        return Message(out.source, out.tag, out.bytes)
+        origin, event, out = _integer(source, "source", "recv"), _integer(tag, "tag", "recv"), self._message
+        arguments = (self._handle(), address, buf.nbytes, origin, event, timeout_ns(timeout), out)
+        return Call(lib.xccl_p2p_recv, arguments, None, (buf,), lambda: Message(out.source, out.tag, out.bytes))
 
     def isend(self, buf: Array, dest: int, tag: int = 0, *, mode: SendMode = "default") -> Request:
         """Starts a send and returns its Request. Leave `buf` alone until that is complete.
