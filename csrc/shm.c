@@ -45,6 +45,13 @@ static void watch_forks(void) {
 
 /* ---- creation ---- */
 
+/* A block is written by its owner and read by peers soon after: both blocks together fit the owner's second-level
+ * cache, so that neither way goes through memory. */
+static uint64_t staging_block_bytes(void) {
+    long cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return cache < (256 << 10) || cache > (8 << 20) ? 512 << 10 : (uint64_t)cache / 2;
+}
+
 static xccl_config_t with_defaults(const xccl_config_t *config) {
     xccl_config_t c = *config;
     if (!c.heap_bytes)
@@ -54,7 +61,7 @@ static xccl_config_t with_defaults(const xccl_config_t *config) {
     if (!c.p2p_slots)
         c.p2p_slots = 8;
     if (!c.coll_block_bytes)
-        c.coll_block_bytes = 4 << 20;
+        c.coll_block_bytes = staging_block_bytes();
     if (!c.cores)
         c.cores = (int32_t)sysconf(_SC_NPROCESSORS_ONLN);
     /* With a core for each rank a short spin nearly always wins; with fewer the core is better given away. */

@@ -75,17 +75,18 @@ enum { XCCL_SESSION_BYTES = 32, XCCL_ABORT_TEXT_BYTES = 8192, XCCL_MAX_RANKS = 4
 
 /* What the creator of a world fixes for all its ranks. Zero takes the value in brackets. */
 typedef struct xccl_config_t {
-    int32_t size;              /* ranks of the world */
-    int32_t cores;             /* cores that the ranks share [those of the creator] */
-    uint64_t heap_bytes;       /* address space of the app data area, and of the managed one, per rank [64 GiB] */
-    uint64_t p2p_slot_bytes;   /* payload of one ring slot of send/receive [64 KiB] */
-    uint64_t p2p_slots;        /* slots of a ring, a power of two [8] */
-    uint64_t coll_block_bytes; /* a staging block of collectives on ordinary arrays; there are two [4 MiB] */
-    uint64_t spin;             /* polls before a waiter yields [from ranks per core] */
-    uint64_t yields;           /* yields before a waiter sleeps [20] */
-    int64_t timeout_ns;        /* default deadline of a blocking call [300 s] */
-    int64_t init_timeout_ns;   /* deadline for all ranks to attach [600 s] */
-    char session[32];          /* random id of the world, NUL-terminated */
+    int32_t size;            /* ranks of the world */
+    int32_t cores;           /* cores that the ranks share [those of the creator] */
+    uint64_t heap_bytes;     /* address space of the app data area, and of the managed one, per rank [64 GiB] */
+    uint64_t p2p_slot_bytes; /* payload of one ring slot of send/receive [64 KiB] */
+    uint64_t p2p_slots;      /* slots of a ring, a power of two [8] */
+    uint64_t
+        coll_block_bytes;    /* a staging block of collectives on ordinary arrays; there are two [half the L2 cache] */
+    uint64_t spin;           /* polls before a waiter yields [from ranks per core] */
+    uint64_t yields;         /* yields before a waiter sleeps [20] */
+    int64_t timeout_ns;      /* default deadline of a blocking call [300 s] */
+    int64_t init_timeout_ns; /* deadline for all ranks to attach [600 s] */
+    char session[32];        /* random id of the world, NUL-terminated */
 } xccl_config_t;
 
 /* A rank's state as others see it. */
