@@ -123,30 +123,33 @@ class AddressSpace(CommunicatorBase):
 
         Puts may become visible in any order until `fence`, `quiet` or a later put_signal to the same pe.
         """
-        self._put(dst, src, pe).run()
+        function, arguments, _ = self._put(dst, src, pe)
+        check(function(*arguments))
 
     def _put(self, dst: Array, src: Array, pe: int) -> Call:
         to, source = _pair(dst, src, "put")
-        return Call(lib.xccl_gas_put, (self._handle(), to, source, src.nbytes, pe), None, (dst, src))
+        return lib.xccl_gas_put, (self._handle(), to, source, src.nbytes, pe), None
 
     def get(self, dst: Array, src: Array, pe: int) -> None:
         """Copies rank `pe`'s copy of the symmetric array `src` into `dst`; same shape and dtype. Complete on return."""
-        self._get(dst, src, pe).run()
+        function, arguments, _ = self._get(dst, src, pe)
+        check(function(*arguments))
 
     def _get(self, dst: Array, src: Array, pe: int) -> Call:
         to, source = _pair(dst, src, "get")
-        return Call(lib.xccl_gas_get, (self._handle(), to, source, src.nbytes, pe), None, (dst, src))
+        return lib.xccl_gas_get, (self._handle(), to, source, src.nbytes, pe), None
 
     def put_signal(self, dst: Array, src: Array, pe: int, *, signal: Signal, value: int, op: SignalOp = "set") -> None:
         """Puts, then sets (or adds to) rank `pe`'s copy of `signal`: whoever sees the signal sees the data."""
-        self._put_signal(dst, src, pe, signal=signal, value=value, op=op).run()
+        function, arguments, _ = self._put_signal(dst, src, pe, signal=signal, value=value, op=op)
+        check(function(*arguments))
 
     def _put_signal(self, dst: Array, src: Array, pe: int, *, signal: Signal, value: int, op: SignalOp = "set") -> Call:
         to, source = _pair(dst, src, "put_signal")
         word = signal.single("put_signal")
         code = _lookup(_SIGNAL_OPS, op, "put_signal", "op")
         arguments = (self._handle(), to, source, src.nbytes, word, value, code, pe)
-        return Call(lib.xccl_gas_put_signal, arguments, None, (dst, src, signal))
+        return lib.xccl_gas_put_signal, arguments, None
 
     # ---- signals and order ----
 

@@ -58,10 +58,11 @@ class Collectives(CommunicatorBase):
 
     def barrier(self, *, timeout: float | None = None) -> None:
         """Returns when all ranks have called it; what they wrote before is visible then. Collective."""
-        self._barrier(timeout=timeout).run()
+        function, arguments, _ = self._barrier(timeout=timeout)
+        check(function(*arguments))
 
     def _barrier(self, *, timeout: float | None = None) -> Call:
-        return Call(lib.xccl_coll_barrier, (self._handle(), timeout_ns(timeout)))
+        return lib.xccl_coll_barrier, (self._handle(), timeout_ns(timeout)), None
 
     def broadcast(self, buf: Array, root: int, *, out: Array | None = None, timeout: float | None = None) -> Array:
         """Copies `buf` of rank `root` to all ranks: into `buf` of the others, or `out` of all. Collective.
@@ -69,8 +70,7 @@ class Collectives(CommunicatorBase):
         Without `out`, every rank gives a `buf` of equal shape and dtype and gets it back filled. With `out` (which is
         returned), `buf` is not written, and is read on `root` only; the others may pass the same array twice.
         """
-        result: Array = self._broadcast(buf, root, out=out, timeout=timeout).run()
-        return result
+        return _run(self._broadcast(buf, root, out=out, timeout=timeout))
 
     def _broadcast(self, buf: Array, root: int, *, out: Array | None = None, timeout: float | None = None) -> Call:
         if not 0 <= root < self.size:
@@ -83,22 +83,21 @@ class Collectives(CommunicatorBase):
             address = _checked_out(out, buf.shape, buf.dtype, "broadcast")
         code = _dtype_code(buf.dtype)
         arguments = (self._handle(), source, buf.nbytes, code, root, timeout_ns(timeout), address)
-        return Call(lib.xccl_coll_broadcast, arguments, out, (buf, out))
+        return lib.xccl_coll_broadcast, arguments, out
 
     def all_gather(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Array:
         """Collects `x` of all ranks, of equal shape and dtype, into `[size, *x.shape]`. Collective.
 
         `x` may be `out[rank]`.
         """
-        result: Array = self._all_gather(x, out=out, timeout=timeout).run()
-        return result
+        return _run(self._all_gather(x, out=out, timeout=timeout))
 
     def _all_gather(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Call:
         source = readable(x, "x", "all_gather")
         out, address = _result(out, (self.size, *x.shape), x.dtype, "all_gather")
         code = _dtype_code(x.dtype)
         arguments = (self._handle(), source, x.nbytes, code, timeout_ns(timeout), address)
-        return Call(lib.xccl_coll_all_gather, arguments, out, (x, out))
+        return lib.xccl_coll_all_gather, arguments, out
 
     def all_reduce(
         self, x: Array, op: ReduceOp = "sum", *, out: Array | None = None, timeout: float | None = None
@@ -109,8 +108,7 @@ class Collectives(CommunicatorBase):
         result has the same bits on all ranks and on every run. float16 and bfloat16 are accumulated in float32 and
         rounded once; integers wrap; a NaN makes min and max NaN; bool has min and max only. `out` may be `x`.
         """
-        result: Array = self._all_reduce(x, op, out=out, timeout=timeout).run()
-        return result
+        return _run(self._all_reduce(x, op, out=out, timeout=timeout))
 
     def _all_reduce(
         self, x: Array, op: ReduceOp = "sum", *, out: Array | None = None, timeout: float | None = None
@@ -119,7 +117,7 @@ class Collectives(CommunicatorBase):
         code, reduce_op = _reduction(x.dtype, op, "all_reduce")
         out, address = _result(out, x.shape, x.dtype, "all_reduce")
         arguments = (self._handle(), source, x.size, code, reduce_op, timeout_ns(timeout), address)
-        return Call(lib.xccl_coll_all_reduce, arguments, out, (x, out))
+        return lib.xccl_coll_all_reduce, arguments, out
 
     def reduce_scatter(
         self, x: Array, op: ReduceOp = "sum", *, out: Array | None = None, timeout: float | None = None
@@ -128,8 +126,7 @@ class Collectives(CommunicatorBase):
 
         x.shape[0] must be divisible by the number of ranks; the result is `[x.shape[0] / size, *x.shape[1:]]`.
         """
-        result: Array = self._reduce_scatter(x, op, out=out, timeout=timeout).run()
-        return result
+        return _run(self._reduce_scatter(x, op, out=out, timeout=timeout))
 
     def _reduce_scatter(
         self, x: Array, op: ReduceOp = "sum", *, out: Array | None = None, timeout: float | None = None
@@ -139,15 +136,14 @@ class Collectives(CommunicatorBase):
         code, reduce_op = _reduction(x.dtype, op, "reduce_scatter")
         out, address = _result(out, (rows, *x.shape[1:]), x.dtype, "reduce_scatter")
         arguments = (self._handle(), source, out.size, code, reduce_op, timeout_ns(timeout), address)
-        return Call(lib.xccl_coll_reduce_scatter, arguments, out, (x, out))
+        return lib.xccl_coll_reduce_scatter, arguments, out
 
     def all_to_all(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Array:
         """Sends part i of axis 0 of `x` to rank i, and collects what the ranks have for this one. Collective.
 
         x.shape[0] must be divisible by the number of ranks. The result has x's shape; part i comes from rank i.
         """
-        result: Array = self._all_to_all(x, out=out, timeout=timeout).run()
-        return result
+        return _run(self._all_to_all(x, out=out, timeout=timeout))
 
     def _all_to_all(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Call:
         source = readable(x, "x", "all_to_all")
@@ -155,7 +151,7 @@ class Collectives(CommunicatorBase):
         out, address = _result(out, x.shape, x.dtype, "all_to_all")
         code = _dtype_code(x.dtype)
         arguments = (self._handle(), source, x.nbytes // self.size, code, timeout_ns(timeout), address)
-        return Call(lib.xccl_coll_all_to_all, arguments, out, (x, out))
+        return lib.xccl_coll_all_to_all, arguments, out
 
     def all_to_all_v(
         self,
@@ -210,6 +206,13 @@ class Collectives(CommunicatorBase):
                 f"{operation}: axis 0 of x must be divisible by the number of ranks, {self.size}; got shape {x.shape}"
             )
         return int(x.shape[0]) // self.size
+
+
+def _run(call: Call) -> Array:
+    function, arguments, out = call
+    check(function(*arguments))
+    result: Array = out
+    return result
 
 
 def _dtype_code(dtype: np.dtype[Any]) -> int:

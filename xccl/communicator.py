@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -14,22 +15,23 @@ from xccl.address_space import AddressSpace
 from xccl.bootstrap import find_place
 from xccl.collectives import Collectives
 from xccl.errors import XcclUsageError
-from xccl.point_to_point import PointToPoint
+from xccl.point_to_point import PointToPoint, read_message
 from xccl.prepared import Prepared
 
-PREPARABLE = (
-    "barrier",
-    "broadcast",
-    "all_gather",
-    "all_reduce",
-    "reduce_scatter",
-    "all_to_all",
-    "send",
-    "recv",
-    "put",
-    "get",
-    "put_signal",
-)
+# Operations that can be prepared, and what makes their result from what the C core wrote (None: it stays the same).
+PREPARABLE: dict[str, Callable[[Any], Any] | None] = {
+    "barrier": None,
+    "broadcast": None,
+    "all_gather": None,
+    "all_reduce": None,
+    "reduce_scatter": None,
+    "all_to_all": None,
+    "send": None,
+    "recv": read_message,
+    "put": None,
+    "get": None,
+    "put_signal": None,
+}
 
 
 class Communicator(AddressSpace, PointToPoint, Collectives):
@@ -71,7 +73,8 @@ class Communicator(AddressSpace, PointToPoint, Collectives):
         """
         if operation not in PREPARABLE:
             raise XcclUsageError(f"prepare: operation is one of {', '.join(PREPARABLE)}, got {operation!r}")
-        return Prepared(self, operation, getattr(self, f"_{operation}")(*args, **keywords))
+        call = getattr(self, f"_{operation}")(*args, **keywords)
+        return Prepared(self, operation, call, (args, keywords), PREPARABLE[operation])
 
     def close(self, *, timeout: float | None = None) -> None:
         """Completes pending sends and leaves. Arrays stay readable, but no call works any more. Twice is no error.

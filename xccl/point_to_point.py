@@ -24,6 +24,11 @@ _LIMITS = {"dest": 1 << 31, "source": 1 << 31, "tag": 1 << 63}
 _MODES = {"default": lib.XCCL_SEND_DEFAULT, "sync": lib.XCCL_SEND_SYNC}
 
 
+def read_message(out: Any) -> Message:
+    """What the C core wrote of a received message."""
+    return Message(out.source, out.tag, out.bytes)
+
+
 class PointToPoint(CommunicatorBase):
     """Send and receive.
 
@@ -70,7 +75,8 @@ class PointToPoint(CommunicatorBase):
             The message is withdrawn, except in mode "sync" when it has already arrived and only waits to be
             received. `buf` may be used again and the communicator stays usable.
         """
-        self._send(buf, dest, tag, mode=mode, timeout=timeout).run()
+        function, arguments, _ = self._send(buf, dest, tag, mode=mode, timeout=timeout)
+        check(function(*arguments))
 
     def _send(
         self, buf: Array, dest: int, tag: int = 0, *, mode: SendMode = "default", timeout: float | None = None
@@ -78,7 +84,7 @@ class PointToPoint(CommunicatorBase):
         address = readable(buf, "buf", "send")
         to, event = _integer(dest, "dest", "send"), _integer(tag, "tag", "send")
         arguments = (self._handle(), address, buf.nbytes, to, event, _mode(mode, "send"), timeout_ns(timeout))
-        return Call(lib.xccl_p2p_send, arguments, None, (buf,))
+        return lib.xccl_p2p_send, arguments, None
 
     def recv(self, buf: Array, source: int, tag: int = 0, *, timeout: float | None = None) -> Message:
         """Receives a message of exactly `buf.nbytes` bytes into `buf`; returns its source, tag and nbytes.
@@ -93,14 +99,15 @@ class PointToPoint(CommunicatorBase):
         XcclTimeout, XcclPeerLost, XcclAborted
             Nothing was consumed; part of `buf` may have been written.
         """
-        message: Message = self._recv(buf, source, tag, timeout=timeout).run()
-        return message
+        function, arguments, out = self._recv(buf, source, tag, timeout=timeout)
+        check(function(*arguments))
+        return read_message(out)
 
     def _recv(self, buf: Array, source: int, tag: int = 0, *, timeout: float | None = None) -> Call:
         address = writable(buf, "buf", "recv")
         origin, event, out = _integer(source, "source", "recv"), _integer(tag, "tag", "recv"), self._message
         arguments = (self._handle(), address, buf.nbytes, origin, event, timeout_ns(timeout), out)
-        return Call(lib.xccl_p2p_recv, arguments, None, (buf,), lambda: Message(out.source, out.tag, out.bytes))
+        return lib.xccl_p2p_recv, arguments, out
 
     def isend(self, buf: Array, dest: int, tag: int = 0, *, mode: SendMode = "default") -> Request:
         """Starts a send and returns its Request. Leave `buf` alone until that is complete.
@@ -155,7 +162,7 @@ class PointToPoint(CommunicatorBase):
                 out,
             )
         )
-        return Message(out.source, out.tag, out.bytes)
+        return read_message(out)
 
     def iprobe(self, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> Message | None:
         """As `probe`, without waiting: None if there is no such message now."""

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from xccl._base import CommunicatorBase
 from xccl._binding import check
 
-
-class Call(NamedTuple):
-    """One call of the C core, ready to be made: every operation of a communicator makes one of these and runs it."""
-
-    function: Callable[..., int]
-    arguments: tuple[Any, ...]
-    result: Any = None  # what the operation returns
-    kept: tuple[Any, ...] = ()  # arrays that the arguments point into
-    read_result: Callable[[], Any] | None = None  # makes the result after the call, where it differs from call to call
-
-    def run(self) -> Any:
-        """Makes the call; returns the operation's result or raises."""
-        check(self.function(*self.arguments))
-        return self.result if self.read_result is None else self.read_result()
+# A call of the C core, ready to be made: the function, its arguments, and what the operation returns. Operations make
+# one of these and run it at once. (A plain tuple: a class of its own would double the time of a barrier.)
+Call = tuple[Callable[..., int], tuple[Any, ...], Any]
 
 
 class Prepared:
@@ -31,15 +20,17 @@ class Prepared:
     time of each call. Raises what the operation raises; XcclUsageError after the communicator is closed.
     """
 
-    __slots__ = ("_arguments", "_call", "_comm", "_function", "_handle", "_name", "_read_result", "_result")
+    __slots__ = ("_arguments", "_comm", "_function", "_handle", "_kept", "_name", "_read", "_result")
 
-    def __init__(self, comm: CommunicatorBase, name: str, call: Call) -> None:
+    def __init__(
+        self, comm: CommunicatorBase, name: str, call: Call, kept: Any, read: Callable[[Any], Any] | None
+    ) -> None:
         self._comm = comm
         self._handle = comm._handle()
         self._name = name
-        self._call = call
-        self._function, self._arguments, self._result = call.function, call.arguments, call.result
-        self._read_result = call.read_result
+        self._function, self._arguments, self._result = call
+        self._kept = kept  # the arrays that the arguments point into
+        self._read = read  # makes the result from what the C core wrote, where it differs from call to call
 
     def __call__(self) -> Any:
         """Runs the operation once."""
@@ -48,7 +39,7 @@ class Prepared:
         status = self._function(*self._arguments)
         if status < 0:
             check(status)
-        return self._result if self._read_result is None else self._read_result()
+        return self._result if self._read is None else self._read(self._result)
 
     def __repr__(self) -> str:
         return f"<xccl.Prepared {self._name} of rank {self._comm.rank}>"
