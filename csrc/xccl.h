@@ -249,6 +249,11 @@ int xccl_gas_signal_op(xccl_comm_t *comm, uint64_t *signal, uint64_t value, xccl
 int xccl_gas_wait_until(xccl_comm_t *comm, uint64_t *signal, xccl_cmp_t cmp, uint64_t value, int64_t timeout_ns,
                         uint64_t *out_seen);
 
+/* Ranks that name each other as `pe` pass a word to and fro in `signal` (symmetric, equal on both, used for nothing
+ * else): `rounds` times there and back. `out_ns` is the time of all. It measures the machine: one way is a cache line
+ * from core to core. */
+int xccl_gas_bounce(xccl_comm_t *comm, uint64_t *signal, int pe, uint64_t rounds, int64_t timeout_ns, uint64_t *out_ns);
+
 /* Returns when all members have arrived; all their earlier puts are visible then. Collective. */
 int xccl_gas_sync(xccl_comm_t *comm, int64_t timeout_ns);
 

@@ -8,6 +8,7 @@ import pytest
 from support import ranks
 
 import xccl
+from xccl._binding import check, ffi, lib
 
 
 def _alone() -> xccl.Communicator:
@@ -133,3 +134,20 @@ def test_two_groups_do_not_share_signals(comm: xccl.Communicator) -> None:
     with pytest.raises(xccl.XcclTimeout):
         halves.wait_until(second, "!=", 0, timeout=0.05)
     comm._sync(None)
+
+
+@ranks(2, 3, 5)
+def test_bounce_ends_on_both_ranks_each_time(comm: xccl.Communicator) -> None:
+    signal, elapsed = comm.signal(), ffi.new("uint64_t *")
+    peer = comm.rank ^ 1
+    for rounds in (1, 7, 100):
+        if peer < comm.size:
+            check(lib.xccl_gas_bounce(comm._handle(), signal.pointer, peer, rounds, int(20e9), elapsed))
+            assert elapsed[0] > 0
+    comm.barrier()
+    assert signal.value == (108 if peer < comm.size else 0)
+
+
+def test_bounce_needs_a_peer() -> None:
+    with _alone() as comm, pytest.raises(xccl.XcclUsageError, match="another rank"):
+        check(lib.xccl_gas_bounce(comm._handle(), comm.signal().pointer, 0, 1, 0, ffi.new("uint64_t *")))
