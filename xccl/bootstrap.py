@@ -31,6 +31,17 @@ class Place:
     abort: Callable[[], Any] | None = None
 
 
+def launcher() -> str | None:
+    """What started this process as a rank: "xccl run", "mpirun", "torchrun"; None: it is alone."""
+    if "XCCL_FD" in os.environ:
+        return "xccl run"
+    if _mpi_size() > 0:
+        return "mpirun"
+    if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_PORT"} <= os.environ.keys():
+        return "torchrun"
+    return None
+
+
 def find_place(comm: Any = None) -> Place:
     """Finds out how this process was started, and takes part in creating the shared object.
 
@@ -39,11 +50,12 @@ def find_place(comm: Any = None) -> Place:
     check_environment()
     if comm is not None:
         return _place_from_mpi(comm)
-    if "XCCL_FD" in os.environ:
+    started_by = launcher()
+    if started_by == "xccl run":
         return _place_from_launcher()
-    if _mpi_size() > 1:
+    if started_by == "mpirun" and _mpi_size() > 1:
         return _place_from_mpi(_world_of_mpi())
-    if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_PORT"} <= os.environ.keys():
+    if started_by == "torchrun":
         return _place_from_torchrun()
     fd, session = create_object(1)
     return Place(fd, 0, session)

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 import xccl
-from xccl import cli_run, cli_serve
+from xccl import cli_bench, cli_run, cli_serve
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -19,6 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     cli_run.add_parser(subparsers)
     cli_serve.add_parser(subparsers)
+    cli_bench.add_parser(subparsers)
     return parser
 
 
