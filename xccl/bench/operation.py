@@ -14,6 +14,8 @@ from xccl.communicator import Communicator
 
 Array = np.ndarray[Any, Any]
 
+MPI_SUM_DTYPES = ("int8", "uint8", "int32", "int64", "float32", "float64")  # that MPI can reduce
+
 
 class Context:
     """What cases are made from.
@@ -97,17 +99,19 @@ class Case(ABC):
 
     def source(self, content: Array, *, symmetric: bool = False) -> Array:
         """An array with `content`, symmetric if --symmetric or the operation asks for it."""
-        a = self.context.empty(content.size, symmetric or self._symmetric())
+        a = self.context.empty(content.size, symmetric or self.in_symmetric_memory)
         a[...] = content
         return a
 
     def receive(self, expected: Array, *, symmetric: bool = False) -> Array:
         """An array in which `expected` is to arrive."""
-        out = self.context.empty(expected.size, symmetric or self._symmetric())
+        out = self.context.empty(expected.size, symmetric or self.in_symmetric_memory)
         self.results.append((out, expected))
         return out
 
-    def _symmetric(self) -> bool:
+    @property
+    def in_symmetric_memory(self) -> bool:
+        """Whether arrays are symmetric that need not be."""
         return self.context.settings.symmetric and not self.by_mpi
 
     @abstractmethod
@@ -151,6 +155,8 @@ class Operation:
         The twin over MPI.
     mpi_does : str
         What the twin calls.
+    dtypes, mpi_dtypes : tuple of str
+        Those that the operation and its twin can carry.
     """
 
     name: str
@@ -163,6 +169,7 @@ class Operation:
     min_ranks: int = 1
     dtypes: tuple[str, ...] = tuple(DTYPES)
     default_dtype: str = "float32"
+    mpi_dtypes: tuple[str, ...] = tuple(DTYPES)
 
 
 def elements(settings: Settings, itemsize: int, ranks: int) -> list[int]:
@@ -201,6 +208,14 @@ def pattern(rank: int, buffer: int, count: int, dtype: np.dtype[Any], start: int
     index += np.uint32((rank * 0x9E3779B1 + buffer * 0x85EBCA6B) & 0xFFFFFFFF)
     index *= np.uint32(2654435761)  # Fibonacci hashing: neighbours differ, and so do blocks
     return ((index >> np.uint32(20)) % np.uint32(64) + np.uint32(1)).astype(dtype)
+
+
+def pattern_sum(ranks: int, buffer: int, count: int, dtype: np.dtype[Any], start: int = 0) -> Array:
+    """The sum of all ranks' patterns: exact before it is rounded (floats) or wrapped (integers) once."""
+    total = np.zeros(count, np.int64)
+    for rank in range(ranks):
+        total += pattern(rank, buffer, count, np.dtype(np.int64), start)
+    return total.astype(dtype)
 
 
 def count_wrong(out: Array, expected: Array) -> int:

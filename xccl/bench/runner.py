@@ -32,6 +32,10 @@ def find(settings: Settings, ranks: int) -> tuple[Operation, str]:
         raise XcclUsageError(f"bench: --dtype of {operation.name} is one of {', '.join(operation.dtypes)}, got {dtype}")
     if settings.versus is not None and operation.mpi is None:
         raise XcclUsageError(f"bench: {operation.name} has nothing to be compared with in MPI: leave out --vs")
+    if settings.versus is not None and dtype not in operation.mpi_dtypes:
+        raise XcclUsageError(
+            f"bench: MPI cannot do {operation.name} of {dtype}: --dtype is one of {', '.join(operation.mpi_dtypes)}"
+        )
     return operation, dtype
 
 

@@ -2,23 +2,8 @@
 
 from __future__ import annotations
 
-from xccl.bench.operation import Case, Operation, as_bytes, elements, pattern, unit_factor
-
-
-class PairCase(Case):
-    """Ranks 0 and 1, 2 and 3, ... work in pairs; the last of an odd number has no peer and does nothing."""
-
-    def prepare(self) -> None:
-        rank = self.comm.rank
-        self.peer = rank ^ 1
-        self.idle = self.peer >= self.comm.size
-        self.first = rank < self.peer
-        self.pairs = []
-        for buffer in range(self.buffers):
-            x = self.source(pattern(rank, buffer, self.count, self.context.dtype))
-            self.pairs.append((x, self.receive(pattern(self.peer, buffer, self.count, self.context.dtype))))
-        if self.idle:
-            self.results.clear()
+from xccl.bench.operation import Operation, elements, unit_factor
+from xccl.bench.operations.pairs import PairCase
 
 
 class Send(PairCase):
@@ -43,10 +28,6 @@ class MpiSend(PairCase):
 
     calls = 2
     by_mpi = True
-
-    def prepare(self) -> None:
-        super().prepare()
-        self.pairs = [(as_bytes(x), as_bytes(out)) for x, out in self.pairs]
 
     def run(self, i: int) -> None:
         x, out = self.pairs[i % self.buffers]

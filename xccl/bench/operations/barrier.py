@@ -1,0 +1,50 @@
+"""barrier: returns when all ranks have called it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xccl.bench.operation import Case, Operation, once, unit_factor
+
+_CHECKS = 5
+
+
+class Barrier(Case):
+    """By `comm.barrier`."""
+
+    def prepare(self) -> None:
+        self.stamps = self.context.empty(self.comm.size, symmetric=True)
+
+    def run(self, i: int) -> None:
+        self.comm.barrier()
+
+    def wrong(self, runs: int) -> int:
+        """Stamps of peers that are not there after a barrier which they called after stamping."""
+        missing = 0
+        rank = self.comm.rank
+        for stamp in np.arange(1, _CHECKS + 1, dtype=self.stamps.dtype):
+            for peer in range(self.comm.size):
+                self.comm.put(self.stamps[rank : rank + 1], np.array([stamp]), peer)
+            self.run(0)
+            missing += int((self.stamps < stamp).sum())
+        return missing
+
+
+class MpiBarrier(Barrier):
+    """By Barrier."""
+
+    by_mpi = True
+
+    def run(self, i: int) -> None:
+        self.context.world.Barrier()
+
+
+OPERATION = Operation(
+    name="barrier",
+    size="none",
+    factor=unit_factor,
+    counts=once,
+    case=Barrier,
+    mpi=MpiBarrier,
+    mpi_does="Barrier",
+)

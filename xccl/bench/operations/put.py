@@ -1,0 +1,54 @@
+"""put: one rank of a pair writes to the other's memory; complete when it returns from quiet."""
+
+from __future__ import annotations
+
+from xccl.bench.operation import Operation, elements, unit_factor
+from xccl.bench.operations.pairs import PairCase, WindowCase
+
+
+class Put(PairCase):
+    """By `comm.put` and `comm.quiet`."""
+
+    symmetric_out = True
+
+    def prepare(self) -> None:
+        super().prepare()
+        if self.first:
+            self.results.clear()
+
+    def run(self, i: int) -> None:
+        x, out = self.pairs[i % self.buffers]
+        if self.first and not self.idle:
+            self.comm.put(out, x, self.peer)
+            self.comm.quiet()
+
+
+class MpiPut(WindowCase):
+    """By Put and Flush."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        expected = [expected for _, expected in self.results]
+        self.results.clear()
+        if not self.first:
+            self.results += [
+                (memory.view(right.dtype), right) for memory, right in zip(self.exposed, expected, strict=False)
+            ]
+
+    def run(self, i: int) -> None:
+        buffer = i % self.buffers
+        if self.first and not self.idle:
+            self.window.Put(self.pairs[buffer][0], self.peer, buffer * self.nbytes)
+            self.window.Flush(self.peer)
+
+
+OPERATION = Operation(
+    name="put",
+    size="bytes that rank 0 of a pair writes into rank 1's memory; rank 1 does nothing",
+    factor=unit_factor,
+    counts=elements,
+    case=Put,
+    mpi=MpiPut,
+    mpi_does="Put and Flush in a window of Win.Allocate",
+    min_ranks=2,
+)
