@@ -9,11 +9,9 @@ Results of both are compared in every row.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +19,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from mpi4py import MPI
-from twin import Twin
 
 import xccl
+from xccl.bench.machine import library_name, place
+from xccl.bench.moe_twin import Twin
+from xccl.bench.timing import calibrate, calls_block, interleave
 
-BLOCK_SECONDS = 0.05  # a block is long against the clock and short against the noise of a shared machine
+BLOCK_SECONDS = 0.05  # longer than the default: rows of a README are measured once
 
 
 @dataclass
@@ -41,24 +41,14 @@ class Row:
         return f"| {self.name} | {self.ours:.1f} | {self.theirs:.1f} | {self.ours / self.theirs:.2f} |"
 
 
-def slowest_mean(call: Callable[[], object], repeats: int) -> float:
-    """Mean time of a call in microseconds, of the rank that took longest."""
-    MPI.COMM_WORLD.Barrier()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    mean = (time.perf_counter() - start) / repeats * 1e6
-    return float(MPI.COMM_WORLD.allreduce(mean, op=MPI.MAX))
-
-
-def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object], blocks: int) -> Row:
+def compare(
+    comm: xccl.Communicator, name: str, ours: Callable[[], object], theirs: Callable[[], object], rounds: int
+) -> Row:
     """Alternates blocks of both and takes medians."""
-    repeats = [max(3, int(BLOCK_SECONDS * 1e6 / slowest_mean(call, 5))) for call in (ours, theirs)]
-    times: tuple[list[float], list[float]] = ([], [])
-    for block in range(blocks):
-        for side in (0, 1) if block % 2 else (1, 0):
-            times[side].append(slowest_mean((ours, theirs)[side], repeats[side]))
-    return Row(name, statistics.median(times[0]), statistics.median(times[1]))
+    blocks = [calls_block(lambda i, call=call: call()) for call in (ours, theirs)]
+    repeats = [calibrate(comm, block, BLOCK_SECONDS) for block in blocks]
+    mine, other = interleave(comm, blocks, repeats, rounds)
+    return Row(name, statistics.median(mine), statistics.median(other))
 
 
 def all_to_all(comm: xccl.Communicator, nbytes: int, symmetric: bool, blocks: int) -> Row:
@@ -71,6 +61,7 @@ def all_to_all(comm: xccl.Communicator, nbytes: int, symmetric: bool, blocks: in
     ours = comm.empty(x.shape, x.dtype) if symmetric else np.empty_like(x)
     kind = "symmetric" if symmetric else "ordinary"
     row = compare(
+        comm,
         f"all_to_all {nbytes} B a peer, {kind}",
         lambda: comm.all_to_all(source, out=ours),
         lambda: MPI.COMM_WORLD.Alltoall(x, theirs),
@@ -104,7 +95,7 @@ def moe(comm: xccl.Communicator, tokens: int, blocks: int) -> Row:
             last["theirs"], route = twin.dispatch(x, idx, weights)
             last["out"] = twin.combine(last["theirs"], route)
 
-        row = compare(f"dispatch + combine, {tokens} tokens a rank", ours, theirs, blocks)
+        row = compare(comm, f"dispatch + combine, {tokens} tokens a rank", ours, theirs, blocks)
         require_equal(row.name, np.asarray(last["ours"]), last["theirs"])
         require_equal(row.name, out, last["out"])
         last.clear()
@@ -122,11 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=15)
     options = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0))
     comm = xccl.init(comm=MPI.COMM_WORLD)
-    pinned = comm.size <= len(cores)
-    if pinned:
-        os.sched_setaffinity(0, {cores[comm.rank]})
+    machine = place(comm, None)
     rows = [
         all_to_all(comm, nbytes, symmetric, options.blocks)
         for nbytes in (8, 1024, 16384, 262144, 1048576)
@@ -134,10 +122,9 @@ def main() -> None:
     ]
     rows += [moe(comm, tokens, options.blocks) for tokens in (8, 32, 128)]
     if comm.rank == 0:
-        library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip()
         sys.stdout.write(
-            f"{comm.size} ranks, {len(cores)} cores, {'pinned' if pinned else 'not pinned'}, {platform.machine()}, "
-            f"against {library} through mpi4py, median of {options.blocks} blocks\n\n"
+            f"{comm.size} ranks, {len(machine.cores)} cores, {'pinned' if machine.pinned else 'not pinned'}, {platform.machine()}, "
+            f"against {library_name(MPI)} through mpi4py, median of {options.blocks} blocks\n\n"
             "| operation | xccl µs | MPI µs | ratio |\n|---|---|---|---|\n"
             + "\n".join(row.text() for row in rows)
             + "\n"

@@ -15,6 +15,7 @@ from xccl.bench.machine import Machine
 from xccl.bench.operations import OPERATIONS
 from xccl.bench.row import Row
 from xccl.bench.settings import DTYPES, Settings, parse_size
+from xccl.bench.workload import SHAPES, WORKLOADS
 from xccl.bootstrap import launcher
 from xccl.errors import XcclUsageError
 from xccl.launcher import check_nranks
@@ -48,6 +49,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--blocks", type=int, default=default.blocks, metavar="B", help="blocks that are timed (20)")
     parser.add_argument("--buffers", type=int, default=default.buffers, metavar="K", help="sets of arrays in turn (2)")
     parser.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=", ".join(DTYPES))
+    moe = parser.add_argument_group("dispatch, combine, moe")
+    moe.add_argument("--workload", choices=WORKLOADS, default=default.workload, help="which experts tokens choose")
+    moe.add_argument("--shape", choices=SHAPES, default=default.shape, help="hidden size, top-k, experts")
+    moe.add_argument(
+        "--tokens", type=_numbers, default=default.tokens, metavar="T,T,...", help="of a rank (1,8,32,128)"
+    )
+    moe.add_argument("--seed", type=int, default=default.seed, help="of tokens and routing (0)")
     pin = parser.add_mutually_exclusive_group()
     pin.add_argument("--pin", action="store_true", default=None, help="a core for each rank (if there are enough)")
     pin.add_argument("--no-pin", action="store_false", dest="pin", help="leave the ranks to the scheduler")
@@ -116,6 +124,13 @@ def _write_json(path: Path, settings: Settings, machine: Machine, rows: list[Row
         "rows": [asdict(row) | more for row, more in zip(rows, derived, strict=True)],
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"numbers with commas between them, such as 8,32; got {text!r}") from None
 
 
 def _size(text: str) -> int:

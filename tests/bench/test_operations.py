@@ -10,7 +10,16 @@ from xccl.bench import runner
 from xccl.bench.operations import OPERATIONS
 from xccl.bench.settings import Settings
 
-FEW = {"begin": 8, "end": 1 << 13, "factor": 32, "warmup": 1, "iterations": 3, "blocks": 2, "pin": False}
+FEW = {
+    "begin": 8,
+    "end": 1 << 13,
+    "factor": 32,
+    "warmup": 1,
+    "iterations": 3,
+    "blocks": 2,
+    "pin": False,
+    "tokens": (3,),
+}
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["ordinary", "symmetric"])

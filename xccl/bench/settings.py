@@ -39,6 +39,8 @@ class Settings:
         None: if each rank can have a core.
     dtype : str or None
         None: the operation's own default.
+    workload, shape, tokens, seed
+        Of the MoE operations: see `workload`; tokens of a rank.
     buffers : int
         Each call takes the next of so many sets of arrays.
     """
@@ -55,6 +57,10 @@ class Settings:
     symmetric: bool = False
     buffers: int = 2
     versus: str | None = None
+    workload: str = "uniform"
+    shape: str = "deepseek"
+    tokens: tuple[int, ...] = (1, 8, 32, 128)
+    seed: int = 0
 
     def __post_init__(self) -> None:
         least = {"begin": 1, "factor": 2, "warmup": 0, "blocks": 1, "buffers": 1}
@@ -63,6 +69,8 @@ class Settings:
                 raise XcclUsageError(f"bench: {name} is at least {minimum}, got {getattr(self, name)}")
         if self.iterations is not None and self.iterations < 1:
             raise XcclUsageError(f"bench: iterations is at least 1, got {self.iterations}")
+        if min(self.tokens, default=0) < 1:
+            raise XcclUsageError(f"bench: numbers of tokens are at least 1, got {self.tokens}")
         if self.end < self.begin:
             raise XcclUsageError(f"bench: the last size, {self.end}, is smaller than the first, {self.begin}")
 

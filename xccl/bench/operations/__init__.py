@@ -11,7 +11,10 @@ from xccl.bench.operations import (
     bandwidth,
     barrier,
     broadcast,
+    combine,
+    dispatch,
     get,
+    moe,
     put,
     put_signal,
     reduce_scatter,
@@ -33,5 +36,8 @@ OPERATIONS: dict[str, Operation] = {
         reduce_scatter,
         all_to_all,
         all_to_all_v,
+        dispatch,
+        combine,
+        moe,
     )
 }

@@ -1,0 +1,33 @@
+"""dispatch: tokens to the ranks of their experts."""
+
+from __future__ import annotations
+
+from xccl.bench.operation import Operation, unit_factor
+from xccl.bench.operations.moe_case import MOE_DTYPES, MoeCase, MpiMoeCase, token_counts
+
+
+class Dispatch(MoeCase):
+    """By `ep.dispatch`."""
+
+    dispatches = True
+
+    def run(self, i: int) -> None:
+        self.dispatch(i % self.buffers)
+
+
+class MpiDispatch(MpiMoeCase, Dispatch):
+    """By the twin: Alltoall of counts, Alltoallv of rows, and NumPy."""
+
+
+OPERATION = Operation(
+    name="dispatch",
+    size="bytes of the rows that must move to the busiest rank, once a token and rank, own ones too",
+    factor=unit_factor,
+    counts=token_counts,
+    case=Dispatch,
+    mpi=MpiDispatch,
+    mpi_does="Alltoall of counts, Alltoallv of rows, and NumPy",
+    dtypes=MOE_DTYPES,
+    default_dtype="int8",
+    mpi_dtypes=MOE_DTYPES,
+)
