@@ -9,7 +9,6 @@ Results of both are compared in every row.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -123,7 +122,8 @@ def main() -> None:
     rows += [moe(comm, tokens, options.blocks) for tokens in (8, 32, 128)]
     if comm.rank == 0:
         sys.stdout.write(
-            f"{comm.size} ranks, {len(machine.cores)} cores, {'pinned' if machine.pinned else 'not pinned'}, {platform.machine()}, "
+            f"{comm.size} ranks, {len(machine.cores)} cores, {'pinned' if machine.pinned else 'not pinned'}, "
+            f"{machine.host}, "
             f"against {library_name(MPI)} through mpi4py, median of {options.blocks} blocks\n\n"
             "| operation | xccl µs | MPI µs | ratio |\n|---|---|---|---|\n"
             + "\n".join(row.text() for row in rows)
