@@ -60,3 +60,9 @@ def test_send_recv(mpi: MpiEnvironment, nranks: int) -> None:
 @pytest.mark.parametrize("nranks", [2, 5, 8])
 def test_worlds_of_parts(mpi: MpiEnvironment, nranks: int) -> None:
     _run(mpi, nranks, "subcommunicators.py")
+
+
+@pytest.mark.timeout(TIMEOUT + 60)
+@pytest.mark.parametrize("nranks", [1, 2, 3])
+def test_bench(mpi: MpiEnvironment, nranks: int) -> None:
+    _run(mpi, nranks, "bench.py")

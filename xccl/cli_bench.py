@@ -74,13 +74,14 @@ def main(options: argparse.Namespace) -> int:
     if options.plot is not None:
         plot.require()
     started_by = launcher()
+    ranks = _DEFAULT_RANKS if options.ranks is None else options.ranks
     if settings.versus == "mpi" and started_by != "mpirun":
         raise XcclUsageError(
             f"bench: --vs mpi needs ranks that mpirun started{_but(started_by)}: "
-            f"mpirun -n {options.ranks or _DEFAULT_RANKS} python -m xccl.bench {settings.operation} --vs mpi"
+            f"mpirun -n {ranks} python -m xccl.bench {settings.operation} --vs mpi"
         )
     if started_by is None:
-        machine, rows = _start_ranks(settings, options.ranks or _DEFAULT_RANKS)
+        machine, rows = _start_ranks(settings, ranks)
     else:
         with xccl.init() as comm:
             machine, rows = _take_part(comm, settings, options.ranks)

@@ -122,6 +122,11 @@ class Case(ABC):
         """Work that the i-th call needs and that is not timed. If a class has it, calls are timed one by one."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """After a block, untimed. MPI moves what is left only inside its calls, and the next wait is one of xccl's."""
+        if self.by_mpi:
+            self.context.world.Barrier()
+
     def note(self) -> str | None:
         """What the reader of the row must know."""
         return None

@@ -64,6 +64,8 @@ def measure(context: Context, operation: Operation, dtype: str, count: int, floo
     comm, settings = context.comm, context.settings
     classes = [operation.case] + ([operation.mpi] if settings.versus is not None and operation.mpi is not None else [])
     cases = [case(context, count) for case in classes]
+    for case in cases:
+        case.settle()
     blocks = [_block(case) for case in cases]
     for block in blocks:
         comm.barrier()
@@ -89,8 +91,16 @@ def measure(context: Context, operation: Operation, dtype: str, count: int, floo
 
 def _block(case: Case) -> Block:
     if type(case).before is Case.before:
-        return calls_block(case.run)
-    return prepared_block(case.comm, case.before, case.run)
+        block = calls_block(case.run)
+    else:
+        block = prepared_block(case.comm, case.before, case.run)
+
+    def settled(repeats: int) -> float:
+        seconds = block(repeats)
+        case.settle()
+        return seconds
+
+    return settled
 
 
 def _mpi() -> Any:

@@ -13,6 +13,7 @@ class Combine(MoeCase):
 
     def before(self, i: int) -> None:
         self.dispatch(i % self.buffers)
+        self.settle()
 
     def run(self, i: int) -> None:
         self.combine(i % self.buffers)
