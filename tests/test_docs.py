@@ -80,7 +80,7 @@ def test_every_promise_of_the_memory_model_has_its_litmus_test() -> None:
 
 def test_every_source_file_has_its_line_in_the_layers_page() -> None:
     text = (ROOT / "docs" / "layers.md").read_text()
-    patterns = ("csrc/*.[ch]", "csrc/*.py", "xccl/*.py", "xccl/serving/*.py")
+    patterns = ("csrc/*.[ch]", "csrc/*.py", "xccl/*.py", "xccl/serving/*.py", "xccl/bench/*.py")
     files = sorted({file.name for pattern in patterns for file in ROOT.glob(pattern)})
     missing = [name for name in files if f"`{name}`" not in text]
     assert not missing, "docs/layers.md says what each source file is about"

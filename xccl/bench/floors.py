@@ -10,6 +10,7 @@ from xccl.communicator import Communicator
 
 _ROUNDS = 2000
 _LEAST_COPY = 4096  # bytes: a smaller copy's time is that of the call
+_PAGE = 4096
 _COPY_BLOCKS = 5
 _COPY_SECONDS = 0.004
 
@@ -37,7 +38,10 @@ class Floors:
 
     def _copy_us(self, nbytes: int) -> float:
         """The working set is that of a row: as many pairs of arrays as it has buffers."""
-        pairs = [(np.zeros(nbytes, np.uint8), np.ones(nbytes, np.uint8)) for _ in range(self.buffers)]
+        # half a page apart: loads that have the low 12 address bits of a store nearby wait for it (4K aliasing)
+        skip = nbytes + _PAGE // 2
+        arrays = [np.ones(skip + nbytes, np.uint8) for _ in range(self.buffers)]
+        pairs = [(a[skip:], a[:nbytes]) for a in arrays]
         block = calls_block(lambda i: np.copyto(*pairs[i % len(pairs)]))
         repeats = calibrate(self.comm, block, _COPY_SECONDS)
         return float(interleave(self.comm, [block], [repeats], _COPY_BLOCKS)[0].min())
