@@ -11,8 +11,8 @@ from xccl.communicator import Communicator
 _ROUNDS = 2000
 _LEAST_COPY = 4096  # bytes: a smaller copy's time is that of the call
 _PAGE = 4096
-_COPY_BLOCKS = 5
-_COPY_SECONDS = 0.004
+_COPY_BLOCKS = 8
+_COPY_SECONDS = 0.002
 
 
 class Floors:
@@ -22,14 +22,13 @@ class Floors:
         self.comm = comm
         self.buffers = buffers
         self.line_us = cache_line_us(comm)
-        self._empty_us = self._copy_us(1)
         self._known: dict[int, float] = {}
 
     def copy_us(self, nbytes: int) -> float:
         """Time of a memcpy of `nbytes` on each rank at once, without that of the call. Collective."""
         size = max(nbytes, _LEAST_COPY)
         if size not in self._known:
-            self._known[size] = max(self._copy_us(size) - self._empty_us, 1e-6)
+            self._known[size] = self._copy_us(size)
         return self._known[size] * nbytes / size
 
     def floor_us(self, nbytes: float) -> float:
@@ -37,14 +36,17 @@ class Floors:
         return (self.line_us or 0.0) + self.copy_us(int(nbytes))
 
     def _copy_us(self, nbytes: int) -> float:
-        """The working set is that of a row: as many pairs of arrays as it has buffers."""
+        """As many pairs of arrays as a row has buffers, so its working set; less the time of a call without bytes."""
         # half a page apart: loads that have the low 12 address bits of a store nearby wait for it (4K aliasing)
         skip = nbytes + _PAGE // 2
         arrays = [np.ones(skip + nbytes, np.uint8) for _ in range(self.buffers)]
-        pairs = [(a[skip:], a[:nbytes]) for a in arrays]
-        block = calls_block(lambda i: np.copyto(*pairs[i % len(pairs)]))
-        repeats = calibrate(self.comm, block, _COPY_SECONDS)
-        return float(interleave(self.comm, [block], [repeats], _COPY_BLOCKS)[0].min())
+        sides = []
+        for size in (0, nbytes):
+            pairs = [(a[skip : skip + size], a[:size]) for a in arrays]
+            sides.append(calls_block(lambda i, pairs=pairs: np.copyto(*pairs[i % len(pairs)])))  # type: ignore[misc]
+        repeats = [calibrate(self.comm, block, _COPY_SECONDS) for block in sides]
+        empty, full = interleave(self.comm, sides, repeats, _COPY_BLOCKS)
+        return max(float(full.min() - empty.min()), 1e-6)
 
 
 def cache_line_us(comm: Communicator) -> float | None:
