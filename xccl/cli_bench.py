@@ -62,6 +62,7 @@ def add_parser(subparsers: Any) -> None:
     arrays = parser.add_mutually_exclusive_group()
     arrays.add_argument("--symmetric", action="store_true", help="arrays in the global address space")
     arrays.add_argument("--ordinary", action="store_false", dest="symmetric", help="NumPy arrays (default)")
+    parser.add_argument("--prepared", action="store_true", help="calls made by comm.prepare")
     parser.add_argument("--vs", dest="versus", choices=["mpi"], help="the same by mpi4py, in turns, and the ratio")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, machine and rows")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time and bandwidth against size")

@@ -35,6 +35,13 @@ def test_every_operation_is_right(comm: xccl.Communicator, name: str) -> None:
             assert row.floor_us > 0
 
 
+@pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.can_prepare])
+@ranks(2, 3)
+def test_prepared_operations_are_right(comm: xccl.Communicator, name: str) -> None:
+    _, rows = runner.run(comm, Settings(name, prepared=True, **FEW))
+    assert sum(row.wrong for row in rows) == 0
+
+
 @pytest.mark.parametrize("name", ["all_reduce", "reduce_scatter", "all_to_all_v"])
 @ranks(3)
 def test_every_dtype_is_right(comm: xccl.Communicator, name: str) -> None:

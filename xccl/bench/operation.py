@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,12 @@ class Case(ABC):
         self.results.append((out, expected))
         return out
 
+    def call(self, name: str, *args: Any, **keywords: Any) -> Callable[[], object]:
+        """A method of the communicator with its arguments, prepared if --prepared asks for it."""
+        if self.context.settings.prepared:
+            return self.comm.prepare(name, *args, **keywords)
+        return partial(getattr(self.comm, name), *args, **keywords)
+
     @property
     def in_symmetric_memory(self) -> bool:
         """Whether arrays are symmetric that need not be."""
@@ -162,6 +169,8 @@ class Operation:
         What the twin calls.
     dtypes, mpi_dtypes : tuple of str
         Those that the operation and its twin can carry.
+    can_prepare : bool
+        Whether its case makes its calls with `Case.call`.
     """
 
     name: str
@@ -175,6 +184,7 @@ class Operation:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     default_dtype: str = "float32"
     mpi_dtypes: tuple[str, ...] = tuple(DTYPES)
+    can_prepare: bool = False
 
 
 def elements(settings: Settings, itemsize: int, ranks: int) -> list[int]:

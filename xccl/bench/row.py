@@ -99,11 +99,12 @@ def header(operation: Operation, settings: Settings, machine: Machine, floors: F
     pinned = f"pinned to cores {' '.join(map(str, machine.pinned))}" if machine.pinned else "not pinned"
     line = "-" if floors.line_us is None else f"{floors.line_us:.3f} us"
     arrays = "symmetric" if settings.symmetric else "ordinary"
+    calls = ", calls made by comm.prepare" if settings.prepared else ""
     lines = [
         f"# {operation.name}: {machine.versions}",
         f"# host: {machine.host}, {len(machine.cores)} cores",
         f"# ranks: {machine.ranks}, {pinned}, {'' if machine.oversubscribed else 'not '}oversubscribed",
-        f"# arrays: {arrays}, {settings.buffers} sets in turn",
+        f"# arrays: {arrays}, {settings.buffers} sets in turn{calls}",
         f"# size: {operation.size}",
         f"# time: of the slowest rank, mean of a block; min, median and p99 of {settings.blocks} blocks",
         f"# bandwidth: algbw = size / p50, busbw = algbw * {operation.factor(machine.ranks):.3g}",

@@ -30,6 +30,9 @@ def find(settings: Settings, ranks: int) -> tuple[Operation, str]:
     dtype = settings.dtype or operation.default_dtype
     if dtype not in operation.dtypes:
         raise XcclUsageError(f"bench: --dtype of {operation.name} is one of {', '.join(operation.dtypes)}, got {dtype}")
+    if settings.prepared and not operation.can_prepare:
+        able = ", ".join(each.name for each in OPERATIONS.values() if each.can_prepare)
+        raise XcclUsageError(f"bench: --prepared is for {able}; got {operation.name}")
     if settings.versus is not None and operation.mpi is None:
         raise XcclUsageError(f"bench: {operation.name} has nothing to be compared with in MPI: leave out --vs")
     if settings.versus is not None and dtype not in operation.mpi_dtypes:

@@ -57,6 +57,7 @@ class Settings:
     symmetric: bool = False
     buffers: int = 2
     versus: str | None = None
+    prepared: bool = False
     workload: str = "uniform"
     shape: str = "deepseek"
     tokens: tuple[int, ...] = (1, 8, 32, 128)

@@ -19,9 +19,11 @@ class AllGather(Case):
             out = self.receive(np.concatenate(parts))
             self.pairs.append((self.source(parts[self.comm.rank]), out.reshape(size, part)))
 
+        if not self.by_mpi:
+            self.ready = [self.call("all_gather", x, out=out) for x, out in self.pairs]
+
     def run(self, i: int) -> None:
-        x, out = self.pairs[i % self.buffers]
-        self.comm.all_gather(x, out=out)
+        self.ready[i % self.buffers]()
 
 
 class MpiAllGather(AllGather):
@@ -46,4 +48,5 @@ OPERATION = Operation(
     case=AllGather,
     mpi=MpiAllGather,
     mpi_does="Allgather",
+    can_prepare=True,
 )

@@ -15,9 +15,11 @@ class AllReduce(Case):
             x = self.source(pattern(rank, buffer, self.count, dtype))
             self.pairs.append((x, self.receive(pattern_sum(size, buffer, self.count, dtype))))
 
+        if not self.by_mpi:
+            self.ready = [self.call("all_reduce", x, out=out) for x, out in self.pairs]
+
     def run(self, i: int) -> None:
-        x, out = self.pairs[i % self.buffers]
-        self.comm.all_reduce(x, out=out)
+        self.ready[i % self.buffers]()
 
 
 class MpiAllReduce(AllReduce):
@@ -38,4 +40,5 @@ OPERATION = Operation(
     mpi=MpiAllReduce,
     mpi_does="Allreduce",
     mpi_dtypes=MPI_SUM_DTYPES,
+    can_prepare=True,
 )

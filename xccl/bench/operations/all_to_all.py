@@ -19,9 +19,11 @@ class AllToAll(Case):
             arriving = [pattern(peer, buffer, part, dtype, rank * part) for peer in range(size)]
             self.pairs.append((x, self.receive(np.concatenate(arriving))))
 
+        if not self.by_mpi:
+            self.ready = [self.call("all_to_all", x, out=out) for x, out in self.pairs]
+
     def run(self, i: int) -> None:
-        x, out = self.pairs[i % self.buffers]
-        self.comm.all_to_all(x, out=out)
+        self.ready[i % self.buffers]()
 
 
 class MpiAllToAll(AllToAll):
@@ -46,4 +48,5 @@ OPERATION = Operation(
     case=AllToAll,
     mpi=MpiAllToAll,
     mpi_does="Alltoall",
+    can_prepare=True,
 )

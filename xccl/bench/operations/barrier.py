@@ -14,9 +14,10 @@ class Barrier(Case):
 
     def prepare(self) -> None:
         self.stamps = self.context.empty(self.comm.size, symmetric=True)
+        self.ready = self.call("barrier")
 
     def run(self, i: int) -> None:
-        self.comm.barrier()
+        self.ready()
 
     def wrong(self, runs: int) -> int:
         """Stamps of peers that are not there after a barrier which they called after stamping."""
@@ -47,4 +48,5 @@ OPERATION = Operation(
     case=Barrier,
     mpi=MpiBarrier,
     mpi_does="Barrier",
+    can_prepare=True,
 )

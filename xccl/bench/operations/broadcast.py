@@ -19,8 +19,11 @@ class Broadcast(Case):
             else:
                 self.arrays.append(self.receive(content))
 
+        if not self.by_mpi:
+            self.ready = [self.call("broadcast", a, ROOT) for a in self.arrays]
+
     def run(self, i: int) -> None:
-        self.comm.broadcast(self.arrays[i % self.buffers], ROOT)
+        self.ready[i % self.buffers]()
 
 
 class MpiBroadcast(Broadcast):
@@ -44,4 +47,5 @@ OPERATION = Operation(
     case=Broadcast,
     mpi=MpiBroadcast,
     mpi_does="Bcast",
+    can_prepare=True,
 )

@@ -15,11 +15,12 @@ class Get(PairCase):
         super().prepare()
         if not self.first:
             self.results.clear()
+        active = self.first and not self.idle
+        self.ready = [self.call("get", out, x, self.peer) for x, out in self.pairs] if active else []
 
     def run(self, i: int) -> None:
-        x, out = self.pairs[i % self.buffers]
-        if self.first and not self.idle:
-            self.comm.get(out, x, self.peer)
+        if self.ready:
+            self.ready[i % self.buffers]()
 
 
 class MpiGet(WindowCase):
@@ -50,4 +51,5 @@ OPERATION = Operation(
     mpi=MpiGet,
     mpi_does="Get and Flush in a window of Win.Allocate",
     min_ranks=2,
+    can_prepare=True,
 )

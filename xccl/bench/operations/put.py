@@ -15,11 +15,12 @@ class Put(PairCase):
         super().prepare()
         if self.first:
             self.results.clear()
+        active = self.first and not self.idle
+        self.ready = [self.call("put", out, x, self.peer) for x, out in self.pairs] if active else []
 
     def run(self, i: int) -> None:
-        x, out = self.pairs[i % self.buffers]
-        if self.first and not self.idle:
-            self.comm.put(out, x, self.peer)
+        if self.ready:
+            self.ready[i % self.buffers]()
             self.comm.quiet()
 
 
@@ -51,4 +52,5 @@ OPERATION = Operation(
     mpi=MpiPut,
     mpi_does="Put and Flush in a window of Win.Allocate",
     min_ranks=2,
+    can_prepare=True,
 )

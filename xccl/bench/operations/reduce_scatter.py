@@ -16,9 +16,11 @@ class ReduceScatter(Case):
             x = self.source(pattern(rank, buffer, self.count, dtype))
             self.pairs.append((x, self.receive(pattern_sum(size, buffer, part, dtype, rank * part))))
 
+        if not self.by_mpi:
+            self.ready = [self.call("reduce_scatter", x, out=out) for x, out in self.pairs]
+
     def run(self, i: int) -> None:
-        x, out = self.pairs[i % self.buffers]
-        self.comm.reduce_scatter(x, out=out)
+        self.ready[i % self.buffers]()
 
 
 class MpiReduceScatter(ReduceScatter):
@@ -39,4 +41,5 @@ OPERATION = Operation(
     mpi=MpiReduceScatter,
     mpi_does="Reduce_scatter_block",
     mpi_dtypes=MPI_SUM_DTYPES,
+    can_prepare=True,
 )

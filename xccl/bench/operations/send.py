@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from xccl.bench.operation import Operation, elements, unit_factor
 from xccl.bench.operations.pairs import PairCase
 
@@ -11,16 +13,18 @@ class Send(PairCase):
 
     calls = 2
 
+    def prepare(self) -> None:
+        super().prepare()
+        self.ready: list[tuple[Callable[[], object], Callable[[], object]]] = []
+        for x, out in self.pairs if not self.idle else []:
+            send, recv = self.call("send", x, self.peer), self.call("recv", out, self.peer)
+            self.ready.append((send, recv) if self.first else (recv, send))
+
     def run(self, i: int) -> None:
-        x, out = self.pairs[i % self.buffers]
-        if self.idle:
-            return
-        if self.first:
-            self.comm.send(x, self.peer)
-            self.comm.recv(out, self.peer)
-        else:
-            self.comm.recv(out, self.peer)
-            self.comm.send(x, self.peer)
+        if self.ready:
+            one, other = self.ready[i % self.buffers]
+            one()
+            other()
 
 
 class MpiSend(PairCase):
@@ -51,4 +55,5 @@ OPERATION = Operation(
     mpi=MpiSend,
     mpi_does="Send and Recv",
     min_ranks=2,
+    can_prepare=True,
 )
