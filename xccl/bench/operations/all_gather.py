@@ -4,40 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from xccl.bench.operation import Case, Operation, as_bytes, divisible_elements, pattern, peers_factor
+from xccl.bench.operation import Array, Operation, divisible_elements, pattern, peers_factor
+from xccl.bench.operations.exchange import BytesByMpi, Exchange
 
 
-class AllGather(Case):
+class AllGather(Exchange):
     """By `comm.all_gather`."""
 
-    def prepare(self) -> None:
+    method = "all_gather"
+
+    def pair(self, buffer: int) -> tuple[Array, Array]:
         size, dtype = self.comm.size, self.context.dtype
         part = self.count // size
-        self.pairs = []
-        for buffer in range(self.buffers):
-            parts = [pattern(peer, buffer, part, dtype) for peer in range(size)]
-            out = self.receive(np.concatenate(parts))
-            self.pairs.append((self.source(parts[self.comm.rank]), out.reshape(size, part)))
-
-        if not self.by_mpi:
-            self.ready = [self.call("all_gather", x, out=out) for x, out in self.pairs]
-
-    def run(self, i: int) -> None:
-        self.ready[i % self.buffers]()
+        parts = [pattern(peer, buffer, part, dtype) for peer in range(size)]
+        out = self.receive(np.concatenate(parts))
+        return self.source(parts[self.comm.rank]), out.reshape(size, part)
 
 
-class MpiAllGather(AllGather):
+class MpiAllGather(BytesByMpi, AllGather):
     """By Allgather."""
 
-    by_mpi = True
-
-    def prepare(self) -> None:
-        super().prepare()
-        self.pairs = [(as_bytes(x), as_bytes(out)) for x, out in self.pairs]
-
     def run(self, i: int) -> None:
-        x, out = self.pairs[i % self.buffers]
-        self.context.world.Allgather(x, out)
+        self.context.world.Allgather(*self.pairs[i % self.buffers])
 
 
 OPERATION = Operation(

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from xccl.bench.operation import MPI_SUM_DTYPES, Case, Operation, all_reduce_factor, elements, pattern, pattern_sum
+from xccl.bench.operation import MPI_SUM_DTYPES, Array, Operation, all_reduce_factor, elements, pattern, pattern_sum
+from xccl.bench.operations.exchange import Exchange
 
 
-class AllReduce(Case):
+class AllReduce(Exchange):
     """By `comm.all_reduce`."""
 
-    def prepare(self) -> None:
-        rank, size, dtype = self.comm.rank, self.comm.size, self.context.dtype
-        self.pairs = []
-        for buffer in range(self.buffers):
-            x = self.source(pattern(rank, buffer, self.count, dtype))
-            self.pairs.append((x, self.receive(pattern_sum(size, buffer, self.count, dtype))))
+    method = "all_reduce"
 
-        if not self.by_mpi:
-            self.ready = [self.call("all_reduce", x, out=out) for x, out in self.pairs]
-
-    def run(self, i: int) -> None:
-        self.ready[i % self.buffers]()
+    def pair(self, buffer: int) -> tuple[Array, Array]:
+        size, dtype = self.comm.size, self.context.dtype
+        x = self.source(pattern(self.comm.rank, buffer, self.count, dtype))
+        return x, self.receive(pattern_sum(size, buffer, self.count, dtype))
 
 
 class MpiAllReduce(AllReduce):

@@ -4,40 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from xccl.bench.operation import Case, Operation, as_bytes, divisible_elements, pattern, peers_factor
+from xccl.bench.operation import Array, Operation, divisible_elements, pattern, peers_factor
+from xccl.bench.operations.exchange import BytesByMpi, Exchange
 
 
-class AllToAll(Case):
+class AllToAll(Exchange):
     """By `comm.all_to_all`."""
 
-    def prepare(self) -> None:
+    method = "all_to_all"
+
+    def pair(self, buffer: int) -> tuple[Array, Array]:
         rank, size, dtype = self.comm.rank, self.comm.size, self.context.dtype
         part = self.count // size
-        self.pairs = []
-        for buffer in range(self.buffers):
-            x = self.source(pattern(rank, buffer, self.count, dtype))
-            arriving = [pattern(peer, buffer, part, dtype, rank * part) for peer in range(size)]
-            self.pairs.append((x, self.receive(np.concatenate(arriving))))
-
-        if not self.by_mpi:
-            self.ready = [self.call("all_to_all", x, out=out) for x, out in self.pairs]
-
-    def run(self, i: int) -> None:
-        self.ready[i % self.buffers]()
+        arriving = [pattern(peer, buffer, part, dtype, rank * part) for peer in range(size)]
+        return self.source(pattern(rank, buffer, self.count, dtype)), self.receive(np.concatenate(arriving))
 
 
-class MpiAllToAll(AllToAll):
+class MpiAllToAll(BytesByMpi, AllToAll):
     """By Alltoall."""
 
-    by_mpi = True
-
-    def prepare(self) -> None:
-        super().prepare()
-        self.pairs = [(as_bytes(x), as_bytes(out)) for x, out in self.pairs]
-
     def run(self, i: int) -> None:
-        x, out = self.pairs[i % self.buffers]
-        self.context.world.Alltoall(x, out)
+        self.context.world.Alltoall(*self.pairs[i % self.buffers])
 
 
 OPERATION = Operation(

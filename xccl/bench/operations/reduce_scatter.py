@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from xccl.bench.operation import MPI_SUM_DTYPES, Case, Operation, divisible_elements, pattern, pattern_sum, peers_factor
+from xccl.bench.operation import (
+    MPI_SUM_DTYPES,
+    Array,
+    Operation,
+    divisible_elements,
+    pattern,
+    pattern_sum,
+    peers_factor,
+)
+from xccl.bench.operations.exchange import Exchange
 
 
-class ReduceScatter(Case):
+class ReduceScatter(Exchange):
     """By `comm.reduce_scatter`."""
 
-    def prepare(self) -> None:
+    method = "reduce_scatter"
+
+    def pair(self, buffer: int) -> tuple[Array, Array]:
         rank, size, dtype = self.comm.rank, self.comm.size, self.context.dtype
         part = self.count // size
-        self.pairs = []
-        for buffer in range(self.buffers):
-            x = self.source(pattern(rank, buffer, self.count, dtype))
-            self.pairs.append((x, self.receive(pattern_sum(size, buffer, part, dtype, rank * part))))
-
-        if not self.by_mpi:
-            self.ready = [self.call("reduce_scatter", x, out=out) for x, out in self.pairs]
-
-    def run(self, i: int) -> None:
-        self.ready[i % self.buffers]()
+        x = self.source(pattern(rank, buffer, self.count, dtype))
+        return x, self.receive(pattern_sum(size, buffer, part, dtype, rank * part))
 
 
 class MpiReduceScatter(ReduceScatter):
