@@ -8,8 +8,8 @@ SERVE_ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-C_FILES := $(wildcard csrc/*.c csrc/*.h examples/*.c)
-BUILD_INPUTS := $(wildcard csrc/*.c csrc/*.h) csrc/build_binding.py setup.py pyproject.toml
+C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c examples/*.c)
+BUILD_INPUTS := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c) csrc/build_binding.py setup.py pyproject.toml
 
 .PHONY: serve test test-env lint format docs wheel clean
 

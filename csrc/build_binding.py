@@ -1,9 +1,10 @@
-"""Builds xccl._core, the cffi binding, from csrc/xccl.h and all C files beside this one."""
+"""Builds xccl._core: the cffi binding of csrc/xccl.h, all C files beside this one, and the module xccl._entry."""
 
 import os
 import re
 from pathlib import Path
 
+import numpy
 from cffi import FFI
 
 HERE = Path(__file__).parent
@@ -27,8 +28,8 @@ ffi.cdef('extern "Python" int xccl_python_interrupted(void);')
 ffi.set_source(
     "xccl._core",
     '#include "xccl.h"',
-    sources=sorted(os.path.relpath(path) for path in HERE.glob("*.c")),
-    include_dirs=[os.path.relpath(HERE)],
+    sources=sorted(os.path.relpath(path) for path in [*HERE.glob("*.c"), *HERE.glob("python/*.c")]),
+    include_dirs=[os.path.relpath(HERE), numpy.get_include()],
     depends=sorted(os.path.relpath(path) for path in HERE.glob("*.h")),
     # -ffp-contract=off: the same bits from every SIMD variant, and from NumPy
     extra_compile_args=[

@@ -1,19 +1,55 @@
 """The seam between Python and the C core: errors, timeouts and addresses of arrays.
 
-Layers above call `lib` functions through `check` and never look at status codes themselves.
+Layers above call `lib` functions through `check` and never look at status codes themselves. The calls that must be
+fast go through `entry` instead, the hand-written module of csrc/python/entry.c.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import operator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from xccl import errors
+from xccl._core import __file__ as _core_file
 from xccl._core import ffi, lib
 
-__all__ = ["array_address", "check", "ffi", "lib", "readable", "timeout_ns", "writable"]
+__all__ = [
+    "Call",
+    "address_to_read",
+    "address_to_write",
+    "array_address",
+    "check",
+    "entry",
+    "ffi",
+    "integer",
+    "lib",
+    "readable",
+    "timeout_ns",
+    "writable",
+]
+
+
+def _load_entry() -> ModuleType:
+    """The module xccl._entry, which is in the same shared object as xccl._core: both use one C core."""
+    spec = importlib.util.spec_from_file_location("xccl._entry", _core_file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"xccl: {_core_file} is not an extension module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_CHARS = ffi.typeof("char[]")
+
+entry: Any = _load_entry()
+
+# A call that is ready to be made: its code in `entry`, its arguments as numbers, and what the operation returns.
+Call = tuple[int, tuple[int, ...], Any]
 
 _ERRORS: dict[int, type[errors.XcclError]] = {
     lib.XCCL_ERR_USAGE: errors.XcclUsageError,
@@ -23,8 +59,6 @@ _ERRORS: dict[int, type[errors.XcclError]] = {
     lib.XCCL_ERR_MEMORY: errors.XcclOutOfMemory,
     lib.XCCL_ERR_SYSTEM: errors.XcclSystemError,
 }
-
-_CHARS = ffi.typeof("char[]")
 
 _pending_interrupt: list[BaseException] = []
 
@@ -59,6 +93,17 @@ def timeout_ns(timeout: float | None) -> int:
     return min(int(timeout * 1e9), (1 << 63) - 1) if math.isfinite(timeout) else (1 << 63) - 1
 
 
+def integer(value: int, name: str, operation: str, *, bits: int = 32) -> int:
+    """A Python integer that fits a signed C integer of `bits` bits, from anything that is one."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise errors.XcclUsageError(f"{operation}: {name} must be an integer, got {type(value).__name__}") from None
+    if abs(number) >= 1 << (bits - 1):
+        raise errors.XcclUsageError(f"{operation}: {name} is too large, got {number}")
+    return number
+
+
 def array_address(a: np.ndarray[Any, Any]) -> int:
     """Address of the first element."""
     return int(a.__array_interface__["data"][0])
@@ -72,6 +117,18 @@ def readable(a: np.ndarray[Any, Any], name: str, operation: str) -> Any:
 def writable(a: np.ndarray[Any, Any], name: str, operation: str) -> Any:
     """Pointer (char *) to `a` after checking that the C core can write it as one contiguous block."""
     return _pointer(a, name, operation, True)
+
+
+def address_to_read(a: np.ndarray[Any, Any], name: str, operation: str) -> int:
+    """As `readable`, as a number."""
+    _require_block(a, name, operation, False)
+    return array_address(a)
+
+
+def address_to_write(a: np.ndarray[Any, Any], name: str, operation: str) -> int:
+    """As `writable`, as a number."""
+    _require_block(a, name, operation, True)
+    return array_address(a)
 
 
 def _pointer(a: np.ndarray[Any, Any], name: str, operation: str, write: bool) -> Any:

@@ -9,9 +9,21 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from xccl._base import CommunicatorBase
-from xccl._binding import array_address, check, ffi, lib, readable, timeout_ns, writable
+from xccl._binding import (
+    Call,
+    address_to_read,
+    address_to_write,
+    array_address,
+    check,
+    entry,
+    ffi,
+    integer,
+    lib,
+    readable,
+    timeout_ns,
+    writable,
+)
 from xccl.errors import XcclUsageError
-from xccl.prepared import Call
 from xccl.signals import Signal, words_for
 
 Array = np.ndarray[Any, Any]
@@ -97,7 +109,7 @@ class AddressSpace(CommunicatorBase):
 
         The array must not be used afterwards, nor its views: the memory may become part of another one.
         """
-        address = a.pointer if isinstance(a, Signal) else ffi.cast("void *", array_address(a))
+        address = ffi.cast("void *", array_address(a.words if isinstance(a, Signal) else a))
         offset = ffi.new("uint64_t *")
         check(lib.xccl_gas_offset(self._world._w, address, 1, offset))
         check(lib.xccl_heap_free(self._handle(), lib.XCCL_AREA_APP, offset[0], timeout_ns(timeout)))
@@ -123,40 +135,45 @@ class AddressSpace(CommunicatorBase):
 
         Puts may become visible in any order until `fence`, `quiet` or a later put_signal to the same pe.
         """
-        function, arguments, _ = self._put(dst, src, pe)
-        check(function(*arguments))
+        if entry.put(self._entry, dst, src, pe) is None:
+            self._run(self._put(dst, src, pe))
 
     def _put(self, dst: Array, src: Array, pe: int) -> Call:
         to, source = _pair(dst, src, "put")
-        return lib.xccl_gas_put, (self._handle(), to, source, src.nbytes, pe), None
+        return entry.PUT, (to, source, src.nbytes, integer(pe, "pe", "put")), None
 
     def get(self, dst: Array, src: Array, pe: int) -> None:
         """Copies rank `pe`'s copy of the symmetric array `src` into `dst`; same shape and dtype. Complete on return."""
-        function, arguments, _ = self._get(dst, src, pe)
-        check(function(*arguments))
+        if entry.get(self._entry, dst, src, pe) is None:
+            self._run(self._get(dst, src, pe))
 
     def _get(self, dst: Array, src: Array, pe: int) -> Call:
         to, source = _pair(dst, src, "get")
-        return lib.xccl_gas_get, (self._handle(), to, source, src.nbytes, pe), None
+        return entry.GET, (to, source, src.nbytes, integer(pe, "pe", "get")), None
 
     def put_signal(self, dst: Array, src: Array, pe: int, *, signal: Signal, value: int, op: SignalOp = "set") -> None:
         """Puts, then sets (or adds to) rank `pe`'s copy of `signal`: whoever sees the signal sees the data."""
-        function, arguments, _ = self._put_signal(dst, src, pe, signal=signal, value=value, op=op)
-        check(function(*arguments))
+        if entry.put_signal(self._entry, dst, src, pe, signal.words, value, op) is None:
+            self._run(self._put_signal(dst, src, pe, signal=signal, value=value, op=op))
 
     def _put_signal(self, dst: Array, src: Array, pe: int, *, signal: Signal, value: int, op: SignalOp = "set") -> Call:
         to, source = _pair(dst, src, "put_signal")
         word = signal.single("put_signal")
         code = _lookup(_SIGNAL_OPS, op, "put_signal", "op")
-        arguments = (self._handle(), to, source, src.nbytes, word, value, code, pe)
-        return lib.xccl_gas_put_signal, arguments, None
+        arguments = (to, source, src.nbytes, word, _word(value, "put_signal"), code, integer(pe, "pe", "put_signal"))
+        return entry.PUT_SIGNAL, arguments, None
 
     # ---- signals and order ----
 
     def signal_op(self, signal: Signal, value: int, pe: int, *, op: SignalOp = "set") -> None:
         """Sets (or adds to) rank `pe`'s copy of `signal`, after all earlier puts of this rank to `pe`."""
+        if entry.signal_op(self._entry, signal.words, value, pe, op) is None:
+            self._run(self._signal_op(signal, value, pe, op=op))
+
+    def _signal_op(self, signal: Signal, value: int, pe: int, *, op: SignalOp = "set") -> Call:
         word = signal.single("signal_op")
-        check(lib.xccl_gas_signal_op(self._handle(), word, value, _lookup(_SIGNAL_OPS, op, "signal_op", "op"), pe))
+        code = _lookup(_SIGNAL_OPS, op, "signal_op", "op")
+        return entry.SIGNAL_OP, (word, _word(value, "signal_op"), code, integer(pe, "pe", "signal_op")), None
 
     def wait_until(self, signal: Signal, cmp: Comparison, value: int, *, timeout: float | None = None) -> int:
         """Waits until this rank's copy of `signal` compares true with `value`; returns the value seen.
@@ -164,11 +181,13 @@ class AddressSpace(CommunicatorBase):
         Everything that the signalling rank ordered before the signal is visible afterwards. Raises XcclTimeout,
         XcclPeerLost, XcclAborted.
         """
+        seen: int | None = entry.wait_until(self._entry, signal.words, cmp, value, timeout)
+        return self._run(self._wait_until(signal, cmp, value, timeout=timeout)) if seen is None else seen
+
+    def _wait_until(self, signal: Signal, cmp: Comparison, value: int, *, timeout: float | None = None) -> Call:
         word = signal.single("wait_until")
         code = _lookup(_COMPARISONS, cmp, "wait_until", "cmp")
-        seen = ffi.new("uint64_t *")
-        check(lib.xccl_gas_wait_until(self._handle(), word, code, value, timeout_ns(timeout), seen))
-        return int(seen[0])
+        return entry.WAIT_UNTIL, (word, code, _word(value, "wait_until"), timeout_ns(timeout)), None
 
     def fence(self) -> None:
         """Orders this rank's earlier puts before its later puts, to each pe."""
@@ -213,14 +232,22 @@ class AddressSpace(CommunicatorBase):
         check(lib.xccl_gas_sync(self._handle(), timeout_ns(timeout)))
 
 
-def _pair(dst: Array, src: Array, operation: str) -> tuple[Any, Any]:
-    """Pointers to a destination and a source that must agree in shape and dtype."""
-    to, source = writable(dst, "dst", operation), readable(src, "src", operation)
+def _pair(dst: Array, src: Array, operation: str) -> tuple[int, int]:
+    """Addresses of a destination and a source that must agree in shape and dtype."""
+    to, source = address_to_write(dst, "dst", operation), address_to_read(src, "src", operation)
     if dst.dtype != src.dtype or dst.shape != src.shape:
         raise XcclUsageError(
             f"{operation}: dst is {dst.dtype}{list(dst.shape)}, src is {src.dtype}{list(src.shape)}: they must be equal"
         )
     return to, source
+
+
+def _word(value: int, operation: str) -> int:
+    """A value for a signal's 64-bit word."""
+    number = integer(value, "value", operation, bits=65)
+    if not 0 <= number < 1 << 64:
+        raise XcclUsageError(f"{operation}: value is from 0 to 2**64 - 1, got {number}")
+    return number
 
 
 def _lookup(table: dict[str, int], word: str, operation: str, name: str) -> int:

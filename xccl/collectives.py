@@ -10,9 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xccl._base import CommunicatorBase
-from xccl._binding import check, ffi, lib, readable, timeout_ns, writable
+from xccl._binding import (
+    Call,
+    address_to_read,
+    address_to_write,
+    array_address,
+    check,
+    entry,
+    ffi,
+    lib,
+    readable,
+    timeout_ns,
+)
 from xccl.errors import XcclUsageError
-from xccl.prepared import Call
 
 Array = np.ndarray[Any, Any]
 ReduceOp = Literal["sum", "min", "max", "prod"]
@@ -58,11 +68,11 @@ class Collectives(CommunicatorBase):
 
     def barrier(self, *, timeout: float | None = None) -> None:
         """Returns when all ranks have called it; what they wrote before is visible then. Collective."""
-        function, arguments, _ = self._barrier(timeout=timeout)
-        check(function(*arguments))
+        if entry.barrier(self._entry, timeout) is None:
+            self._run(self._barrier(timeout=timeout))
 
     def _barrier(self, *, timeout: float | None = None) -> Call:
-        return lib.xccl_coll_barrier, (self._handle(), timeout_ns(timeout)), None
+        return entry.BARRIER, (timeout_ns(timeout),), None
 
     def broadcast(self, buf: Array, root: int, *, out: Array | None = None, timeout: float | None = None) -> Array:
         """Copies `buf` of rank `root` to all ranks: into `buf` of the others, or `out` of all. Collective.
@@ -70,34 +80,35 @@ class Collectives(CommunicatorBase):
         Without `out`, every rank gives a `buf` of equal shape and dtype and gets it back filled. With `out` (which is
         returned), `buf` is not written, and is read on `root` only; the others may pass the same array twice.
         """
-        return _run(self._broadcast(buf, root, out=out, timeout=timeout))
+        result: Array | None = entry.broadcast(self._entry, buf, root, out, timeout)
+        return self._run(self._broadcast(buf, root, out=out, timeout=timeout)) if result is None else result
 
     def _broadcast(self, buf: Array, root: int, *, out: Array | None = None, timeout: float | None = None) -> Call:
         if not 0 <= root < self.size:
             raise XcclUsageError(f"broadcast: root is a rank from 0 to {self.size - 1}, got {root}")
         if out is None:
-            source = address = (readable if self.rank == root else writable)(buf, "buf", "broadcast")
+            source = target = (address_to_read if self.rank == root else address_to_write)(buf, "buf", "broadcast")
             out = buf
         else:
-            source = readable(buf, "buf", "broadcast")
-            address = _checked_out(out, buf.shape, buf.dtype, "broadcast")
+            source = address_to_read(buf, "buf", "broadcast")
+            target = _checked_out(out, buf.shape, buf.dtype, "broadcast")
         code = _dtype_code(buf.dtype)
-        arguments = (self._handle(), source, buf.nbytes, code, root, timeout_ns(timeout), address)
-        return lib.xccl_coll_broadcast, arguments, out
+        return entry.BROADCAST, (source, target, buf.nbytes, code, root, timeout_ns(timeout)), out
 
     def all_gather(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Array:
         """Collects `x` of all ranks, of equal shape and dtype, into `[size, *x.shape]`. Collective.
 
         `x` may be `out[rank]`.
         """
-        return _run(self._all_gather(x, out=out, timeout=timeout))
+        result: Array | None = entry.all_gather(self._entry, x, out, timeout)
+        return self._run(self._all_gather(x, out=out, timeout=timeout)) if result is None else result
 
     def _all_gather(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Call:
-        source = readable(x, "x", "all_gather")
-        out, address = _result(out, (self.size, *x.shape), x.dtype, "all_gather")
+        source = address_to_read(x, "x", "all_gather")
+        out, target = _result(out, (self.size, *x.shape), x.dtype, "all_gather")
         code = _dtype_code(x.dtype)
-        arguments = (self._handle(), source, x.nbytes, code, timeout_ns(timeout), address)
-        return lib.xccl_coll_all_gather, arguments, out
+        arguments = (source, target, x.nbytes, code, timeout_ns(timeout))
+        return entry.ALL_GATHER, arguments, out
 
     def all_reduce(
         self, x: Array, op: ReduceOp = "sum", *, out: Array | None = None, timeout: float | None = None
@@ -108,16 +119,17 @@ class Collectives(CommunicatorBase):
         result has the same bits on all ranks and on every run. float16 and bfloat16 are accumulated in float32 and
         rounded once; integers wrap; a NaN makes min and max NaN; bool has min and max only. `out` may be `x`.
         """
-        return _run(self._all_reduce(x, op, out=out, timeout=timeout))
+        result: Array | None = entry.all_reduce(self._entry, x, op, out, timeout)
+        return self._run(self._all_reduce(x, op, out=out, timeout=timeout)) if result is None else result
 
     def _all_reduce(
         self, x: Array, op: ReduceOp = "sum", *, out: Array | None = None, timeout: float | None = None
     ) -> Call:
-        source = readable(x, "x", "all_reduce")
+        source = address_to_read(x, "x", "all_reduce")
         code, reduce_op = _reduction(x.dtype, op, "all_reduce")
-        out, address = _result(out, x.shape, x.dtype, "all_reduce")
-        arguments = (self._handle(), source, x.size, code, reduce_op, timeout_ns(timeout), address)
-        return lib.xccl_coll_all_reduce, arguments, out
+        out, target = _result(out, x.shape, x.dtype, "all_reduce")
+        arguments = (source, target, x.size, code, reduce_op, timeout_ns(timeout))
+        return entry.ALL_REDUCE, arguments, out
 
     def reduce_scatter(
         self, x: Array, op: ReduceOp = "sum", *, out: Array | None = None, timeout: float | None = None
@@ -126,32 +138,34 @@ class Collectives(CommunicatorBase):
 
         x.shape[0] must be divisible by the number of ranks; the result is `[x.shape[0] / size, *x.shape[1:]]`.
         """
-        return _run(self._reduce_scatter(x, op, out=out, timeout=timeout))
+        result: Array | None = entry.reduce_scatter(self._entry, x, op, out, timeout)
+        return self._run(self._reduce_scatter(x, op, out=out, timeout=timeout)) if result is None else result
 
     def _reduce_scatter(
         self, x: Array, op: ReduceOp = "sum", *, out: Array | None = None, timeout: float | None = None
     ) -> Call:
-        source = readable(x, "x", "reduce_scatter")
+        source = address_to_read(x, "x", "reduce_scatter")
         rows = self._rows_per_rank(x, "reduce_scatter")
         code, reduce_op = _reduction(x.dtype, op, "reduce_scatter")
-        out, address = _result(out, (rows, *x.shape[1:]), x.dtype, "reduce_scatter")
-        arguments = (self._handle(), source, out.size, code, reduce_op, timeout_ns(timeout), address)
-        return lib.xccl_coll_reduce_scatter, arguments, out
+        out, target = _result(out, (rows, *x.shape[1:]), x.dtype, "reduce_scatter")
+        arguments = (source, target, out.size, code, reduce_op, timeout_ns(timeout))
+        return entry.REDUCE_SCATTER, arguments, out
 
     def all_to_all(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Array:
         """Sends part i of axis 0 of `x` to rank i, and collects what the ranks have for this one. Collective.
 
         x.shape[0] must be divisible by the number of ranks. The result has x's shape; part i comes from rank i.
         """
-        return _run(self._all_to_all(x, out=out, timeout=timeout))
+        result: Array | None = entry.all_to_all(self._entry, x, out, timeout)
+        return self._run(self._all_to_all(x, out=out, timeout=timeout)) if result is None else result
 
     def _all_to_all(self, x: Array, *, out: Array | None = None, timeout: float | None = None) -> Call:
-        source = readable(x, "x", "all_to_all")
+        source = address_to_read(x, "x", "all_to_all")
         self._rows_per_rank(x, "all_to_all")
-        out, address = _result(out, x.shape, x.dtype, "all_to_all")
+        out, target = _result(out, x.shape, x.dtype, "all_to_all")
         code = _dtype_code(x.dtype)
-        arguments = (self._handle(), source, x.nbytes // self.size, code, timeout_ns(timeout), address)
-        return lib.xccl_coll_all_to_all, arguments, out
+        arguments = (source, target, x.nbytes // self.size, code, timeout_ns(timeout))
+        return entry.ALL_TO_ALL, arguments, out
 
     def all_to_all_v(
         self,
@@ -186,18 +200,18 @@ class Collectives(CommunicatorBase):
             rows = sum(recv_bytes) // row_bytes
             shape = (rows, *x.shape[1:])
             try:
-                out, address = _result(out, shape, x.dtype, "all_to_all_v")
+                out, target = _result(out, shape, x.dtype, "all_to_all_v")
             except XcclUsageError:
                 # the rows are on their way: taking them keeps this rank in step with those that did nothing wrong
-                _, scratch = _result(None, shape, x.dtype, "all_to_all_v")
-                check(lib.xccl_coll_all_to_all_v_finish(self._handle(), nanoseconds, scratch))
+                scratch = np.empty(shape, x.dtype)
+                check(lib.xccl_coll_all_to_all_v_finish(self._handle(), nanoseconds, _pointer(array_address(scratch))))
                 raise
-            check(lib.xccl_coll_all_to_all_v_finish(self._handle(), nanoseconds, address))
+            check(lib.xccl_coll_all_to_all_v_finish(self._handle(), nanoseconds, _pointer(target)))
         else:
             receive = _counts(recv_counts, self.size, "recv_counts")
             recv_bytes = ffi.new("uint64_t[]", [count * row_bytes for count in receive])
-            out, address = _result(out, (sum(receive), *x.shape[1:]), x.dtype, "all_to_all_v")
-            check(lib.xccl_coll_all_to_all_v(*call, recv_bytes, nanoseconds, address))
+            out, target = _result(out, (sum(receive), *x.shape[1:]), x.dtype, "all_to_all_v")
+            check(lib.xccl_coll_all_to_all_v(*call, recv_bytes, nanoseconds, _pointer(target)))
         return out
 
     def _rows_per_rank(self, x: Array, operation: str) -> int:
@@ -206,13 +220,6 @@ class Collectives(CommunicatorBase):
                 f"{operation}: axis 0 of x must be divisible by the number of ranks, {self.size}; got shape {x.shape}"
             )
         return int(x.shape[0]) // self.size
-
-
-def _run(call: Call) -> Array:
-    function, arguments, out = call
-    check(function(*arguments))
-    result: Array = out
-    return result
 
 
 def _dtype_code(dtype: np.dtype[Any]) -> int:
@@ -229,19 +236,23 @@ def _reduction(dtype: np.dtype[Any], op: str, operation: str) -> tuple[int, int]
     return code, _REDUCE_OPS[op]
 
 
-def _checked_out(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any], operation: str) -> Any:
-    """Pointer to an output array of just this shape and dtype."""
-    address = writable(out, "out", operation)
+def _checked_out(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any], operation: str) -> int:
+    """Address of an output array of just this shape and dtype."""
+    address = address_to_write(out, "out", operation)
     if out.shape != shape or out.dtype != dtype:
         raise XcclUsageError(f"{operation}: out must be {dtype}{list(shape)}, got {out.dtype}{list(out.shape)}")
     return address
 
 
-def _result(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any], operation: str) -> tuple[Array, Any]:
-    """`out` after checking it, or a new array; and a pointer to it."""
+def _result(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any], operation: str) -> tuple[Array, int]:
+    """`out` after checking it, or a new array; and its address."""
     if out is None:
         out = np.empty(shape, dtype)
     return out, _checked_out(out, shape, dtype, operation)
+
+
+def _pointer(address: int) -> Any:
+    return ffi.cast("char *", address)
 
 
 def _counts(counts: Counts, size: int, name: str) -> list[int]:

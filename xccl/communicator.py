@@ -5,33 +5,34 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from xccl._binding import check, ffi, lib, timeout_ns
+from xccl._binding import check, entry, ffi, lib, timeout_ns
 from xccl._world import World, abort_on_uncaught
 from xccl.address_space import AddressSpace
 from xccl.bootstrap import find_place
 from xccl.collectives import Collectives
 from xccl.errors import XcclUsageError
-from xccl.point_to_point import PointToPoint, read_message
+from xccl.point_to_point import PointToPoint
 from xccl.prepared import Prepared
 
-# Operations that can be prepared, and what makes their result from what the C core wrote (None: it stays the same).
-PREPARABLE: dict[str, Callable[[Any], Any] | None] = {
-    "barrier": None,
-    "broadcast": None,
-    "all_gather": None,
-    "all_reduce": None,
-    "reduce_scatter": None,
-    "all_to_all": None,
-    "send": None,
-    "recv": read_message,
-    "put": None,
-    "get": None,
-    "put_signal": None,
-}
+# Operations that can be prepared: each has a method _NAME that checks its arguments and returns a Call.
+PREPARABLE = (
+    "barrier",
+    "broadcast",
+    "all_gather",
+    "all_reduce",
+    "reduce_scatter",
+    "all_to_all",
+    "send",
+    "recv",
+    "put",
+    "get",
+    "put_signal",
+    "signal_op",
+    "wait_until",
+)
 
 
 class Communicator(AddressSpace, PointToPoint, Collectives):
@@ -47,6 +48,7 @@ class Communicator(AddressSpace, PointToPoint, Collectives):
         self._world = world
         self._parent = parent  # a group lives no longer than its world
         self._c = handle
+        self._entry = entry.Comm(int(ffi.cast("uintptr_t", handle)))
         self.rank = int(lib.xccl_comm_rank(handle))
         self.size = int(lib.xccl_comm_size(handle))
         self._discard = weakref.finalize(self, _discard, world, handle)
@@ -74,7 +76,7 @@ class Communicator(AddressSpace, PointToPoint, Collectives):
         if operation not in PREPARABLE:
             raise XcclUsageError(f"prepare: operation is one of {', '.join(PREPARABLE)}, got {operation!r}")
         call = getattr(self, f"_{operation}")(*args, **keywords)
-        return Prepared(self, operation, call, (args, keywords), PREPARABLE[operation])
+        return Prepared(self, operation, call, (args, keywords, call[2]))
 
     def close(self, *, timeout: float | None = None) -> None:
         """Completes pending sends and leaves. Arrays stay readable, but no call works any more. Twice is no error.
@@ -89,6 +91,7 @@ class Communicator(AddressSpace, PointToPoint, Collectives):
         check(lib.xccl_comm_close(self._handle(), timeout_ns(timeout)))
         self._discard.detach()
         self._c = None
+        self._entry.close()
         if self._parent is None:
             self._world.detach()
 

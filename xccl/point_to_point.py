@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import operator
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
 from xccl._base import CommunicatorBase
-from xccl._binding import check, ffi, lib, readable, timeout_ns, writable
+from xccl._binding import (
+    Call,
+    address_to_read,
+    address_to_write,
+    check,
+    entry,
+    ffi,
+    integer,
+    lib,
+    readable,
+    timeout_ns,
+    writable,
+)
 from xccl.errors import XcclUsageError
-from xccl.prepared import Call
 from xccl.request import Message, Request
 
 Array = np.ndarray[Any, Any]
@@ -20,11 +30,10 @@ SendMode = Literal["default", "sync"]
 ANY_SOURCE: int = lib.XCCL_ANY_SOURCE
 ANY_TAG: int = lib.XCCL_ANY_TAG
 
-_LIMITS = {"dest": 1 << 31, "source": 1 << 31, "tag": 1 << 63}
 _MODES = {"default": lib.XCCL_SEND_DEFAULT, "sync": lib.XCCL_SEND_SYNC}
 
 
-def read_message(out: Any) -> Message:
+def _read_message(out: Any) -> Message:
     """What the C core wrote of a received message."""
     return Message(out.source, out.tag, out.bytes)
 
@@ -75,16 +84,15 @@ class PointToPoint(CommunicatorBase):
             The message is withdrawn, except in mode "sync" when it has already arrived and only waits to be
             received. `buf` may be used again and the communicator stays usable.
         """
-        function, arguments, _ = self._send(buf, dest, tag, mode=mode, timeout=timeout)
-        check(function(*arguments))
+        if entry.send(self._entry, buf, dest, tag, mode, timeout) is None:
+            self._run(self._send(buf, dest, tag, mode=mode, timeout=timeout))
 
     def _send(
         self, buf: Array, dest: int, tag: int = 0, *, mode: SendMode = "default", timeout: float | None = None
     ) -> Call:
-        address = readable(buf, "buf", "send")
-        to, event = _integer(dest, "dest", "send"), _integer(tag, "tag", "send")
-        arguments = (self._handle(), address, buf.nbytes, to, event, _mode(mode, "send"), timeout_ns(timeout))
-        return lib.xccl_p2p_send, arguments, None
+        address = address_to_read(buf, "buf", "send")
+        to, event = integer(dest, "dest", "send"), integer(tag, "tag", "send", bits=64)
+        return entry.SEND, (address, buf.nbytes, to, event, _mode(mode, "send"), timeout_ns(timeout)), None
 
     def recv(self, buf: Array, source: int, tag: int = 0, *, timeout: float | None = None) -> Message:
         """Receives a message of exactly `buf.nbytes` bytes into `buf`; returns its source, tag and nbytes.
@@ -99,15 +107,13 @@ class PointToPoint(CommunicatorBase):
         XcclTimeout, XcclPeerLost, XcclAborted
             Nothing was consumed; part of `buf` may have been written.
         """
-        function, arguments, out = self._recv(buf, source, tag, timeout=timeout)
-        check(function(*arguments))
-        return read_message(out)
+        message: Message | None = entry.recv(self._entry, buf, source, tag, timeout)
+        return self._run(self._recv(buf, source, tag, timeout=timeout)) if message is None else message
 
     def _recv(self, buf: Array, source: int, tag: int = 0, *, timeout: float | None = None) -> Call:
-        address = writable(buf, "buf", "recv")
-        origin, event, out = _integer(source, "source", "recv"), _integer(tag, "tag", "recv"), self._message
-        arguments = (self._handle(), address, buf.nbytes, origin, event, timeout_ns(timeout), out)
-        return lib.xccl_p2p_recv, arguments, out
+        address = address_to_write(buf, "buf", "recv")
+        origin, event = integer(source, "source", "recv"), integer(tag, "tag", "recv", bits=64)
+        return entry.RECV, (address, buf.nbytes, origin, event, timeout_ns(timeout)), None
 
     def isend(self, buf: Array, dest: int, tag: int = 0, *, mode: SendMode = "default") -> Request:
         """Starts a send and returns its Request. Leave `buf` alone until that is complete.
@@ -122,8 +128,8 @@ class PointToPoint(CommunicatorBase):
                 self._handle(),
                 address,
                 buf.nbytes,
-                _integer(dest, "dest", "isend"),
-                _integer(tag, "tag", "isend"),
+                integer(dest, "dest", "isend"),
+                integer(tag, "tag", "isend", bits=64),
                 _mode(mode, "isend"),
                 out,
             )
@@ -143,8 +149,8 @@ class PointToPoint(CommunicatorBase):
                 self._handle(),
                 address,
                 buf.nbytes,
-                _integer(source, "source", "irecv"),
-                _integer(tag, "tag", "irecv"),
+                integer(source, "source", "irecv"),
+                integer(tag, "tag", "irecv", bits=64),
                 out,
             )
         )
@@ -156,22 +162,22 @@ class PointToPoint(CommunicatorBase):
         check(
             lib.xccl_p2p_probe(
                 self._handle(),
-                _integer(source, "source", "probe"),
-                _integer(tag, "tag", "probe"),
+                integer(source, "source", "probe"),
+                integer(tag, "tag", "probe", bits=64),
                 timeout_ns(timeout),
                 out,
             )
         )
-        return read_message(out)
+        return _read_message(out)
 
     def iprobe(self, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> Message | None:
         """As `probe`, without waiting: None if there is no such message now."""
         out = self._message
         status = lib.xccl_p2p_iprobe(
-            self._handle(), _integer(source, "source", "iprobe"), _integer(tag, "tag", "iprobe"), out
+            self._handle(), integer(source, "source", "iprobe"), integer(tag, "tag", "iprobe", bits=64), out
         )
         check(status)
-        return Message(out.source, out.tag, out.bytes) if status == lib.XCCL_OK else None
+        return _read_message(out) if status == lib.XCCL_OK else None
 
     def _reap(self) -> None:
         """Lets go of dropped requests that are complete."""
@@ -201,16 +207,6 @@ class PointToPoint(CommunicatorBase):
             if request is not None:
                 lib.xccl_p2p_request_free(request)
                 self._dropped[index] = (None, buffer)
-
-
-def _integer(value: int, name: str, operation: str) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise XcclUsageError(f"{operation}: {name} must be an integer, got {type(value).__name__}") from None
-    if abs(number) >= _LIMITS[name]:
-        raise XcclUsageError(f"{operation}: {name} is too large, got {number}")
-    return number
 
 
 def _mode(mode: str, operation: str) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
-from xccl._binding import check, ffi, lib, timeout_ns
+from xccl._binding import check, entry, ffi, lib, timeout_ns
 from xccl.errors import XcclError
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ class Message(NamedTuple):
     source: int  #: rank in the communicator that sent it
     tag: int
     nbytes: int
+
+
+entry.configure(check, Message, np.dtype(ml_dtypes.bfloat16))
 
 
 class Request:

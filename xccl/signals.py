@@ -20,37 +20,41 @@ class Signal:
     """
 
     def __init__(self, words: np.ndarray[Any, Any]) -> None:
-        self._words = words
-        self.pointer = ffi.cast("uint64_t *", array_address(words))
+        self.words = words
 
     @property
     def n(self) -> int:
         """Number of words."""
-        return int(self._words.shape[0]) // _WORDS_PER_LINE
+        return int(self.words.shape[0]) // _WORDS_PER_LINE
+
+    @property
+    def pointer(self) -> Any:
+        """The first word of the own copy, as a C pointer."""
+        return ffi.cast("uint64_t *", array_address(self.words))
 
     @property
     def value(self) -> int:
         """This rank's copy, read once. Says nothing about other memory: wait_until does."""
         self.single("value")
-        return int(self._words[0])
+        return int(self.words[0])
 
     def __getitem__(self, index: int) -> Signal:
         if not -self.n <= index < self.n:
             raise IndexError(f"signal {index} of {self.n}")
         start = index % self.n * _WORDS_PER_LINE
-        return Signal(self._words[start : start + _WORDS_PER_LINE])
+        return Signal(self.words[start : start + _WORDS_PER_LINE])
 
     def __len__(self) -> int:
         return self.n
 
     def __repr__(self) -> str:
-        return f"<xccl.Signal n={self.n} values={self._words[::_WORDS_PER_LINE].tolist()}>"
+        return f"<xccl.Signal n={self.n} values={self.words[::_WORDS_PER_LINE].tolist()}>"
 
-    def single(self, operation: str) -> Any:
-        """Pointer to the one word; raises XcclUsageError if there are several."""
+    def single(self, operation: str) -> int:
+        """Address of the one word; raises XcclUsageError if there are several."""
         if self.n != 1:
             raise XcclUsageError(f"{operation}: this signal has {self.n} words, name one of them: signal[i]")
-        return self.pointer
+        return array_address(self.words)
 
 
 def words_for(n: int) -> int:
