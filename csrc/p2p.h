@@ -71,6 +71,25 @@ typedef struct xccl_p2p_field_t {
 } xccl_p2p_field_t;
 _Static_assert(sizeof(xccl_p2p_field_t) == XCCL_RING_CONTENT_BYTES, "a field is the content of a line");
 
+/* Copies up to XCCL_P2P_INLINE_BYTES; a call of memcpy would take as long as the copy. */
+static inline void xccl_p2p_copy_inline(void *to, const void *from, uint64_t bytes) {
+    unsigned char *out = to;
+    const unsigned char *in = from;
+    uint64_t at = 0;
+    for (; at + 8 <= bytes; at += 8)
+        memcpy(out + at, in + at, 8);
+    if (bytes & 4) {
+        memcpy(out + at, in + at, 4);
+        at += 4;
+    }
+    if (bytes & 2) {
+        memcpy(out + at, in + at, 2);
+        at += 2;
+    }
+    if (bytes & 1)
+        out[at] = in[at];
+}
+
 /* An acknowledgement line says what became of one message: 4 * number + one of these. The number keeps a late
  * word about an earlier message on the line from being taken for this one. */
 typedef enum xccl_p2p_ack_t {
@@ -174,6 +193,11 @@ struct xccl_p2p_t {
     int64_t next_look_ns; /* when test looks for dead peers again */
     char *failure;        /* of the first abandoned request that failed: close reports it */
 };
+
+/* Bytes of a chunk of a message, the same on both sides. */
+static inline uint64_t xccl_p2p_chunk_bytes(const xccl_ring_shape_t *shape) {
+    return shape->block_bytes;
+}
 
 /* Offset of an acknowledgement line in the window of its sender. */
 static inline uint64_t xccl_p2p_ack_offset(const xccl_p2p_t *p2p, uint64_t ack) {

@@ -81,7 +81,8 @@ static void begin_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_
 /* Steps 5 to 8 of the chunk that is next in the ring. */
 static void take_chunk(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in) {
     uint64_t left = in->bytes - in->received;
-    uint64_t chunk = left < in->ring.shape.block_bytes ? left : in->ring.shape.block_bytes;
+    uint64_t most = xccl_p2p_chunk_bytes(&in->ring.shape);
+    uint64_t chunk = left < most ? left : most;
     /* steps 5 and 6: from the own managed area to the app data area */
     if (chunk > 0)
         memcpy(in->target + in->received, xccl_ring_block(&in->ring), chunk);
@@ -130,8 +131,7 @@ static void deliver(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_fie
     xccl_p2p_field_t copy = *field;
     switch (kind_of(field)) {
     case XCCL_P2P_INLINE:
-        if (receive->bytes > 0)
-            memcpy(receive->buffer, field->body.payload, receive->bytes);
+        xccl_p2p_copy_inline(receive->buffer, field->body.payload, receive->bytes);
         xccl_ring_consume(&in->ring);
         xccl_p2p_unpost(receive);
         complete_receive(receive, in->source, copy.event_id, receive->bytes);
@@ -320,23 +320,61 @@ int xccl_p2p_cancel_recv(xccl_request_t *receive) {
 
 /* ---- calls ---- */
 
-/* The common case without a request: the message is there, inline, and nothing comes before it. */
-static bool receive_at_once(xccl_p2p_t *p2p, void *buffer, uint64_t bytes, int source, int64_t tag,
+/* Nothing but the next line of the source's ring can serve a receive. */
+static bool only_ring_serves(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in) {
+    return !p2p->posted.first && !in->first && !in->assembling;
+}
+
+/* Takes the next message without a request, if it is there, is the one asked for, and has come whole. */
+static bool receive_at_once(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buffer, uint64_t bytes, int64_t tag,
                             xccl_message_t *out) {
-    if (source == XCCL_ANY_SOURCE || p2p->posted.first)
-        return false;
-    xccl_p2p_incoming_t *in = &p2p->incoming[source];
-    if (in->first || in->assembling)
-        return false;
     const xccl_p2p_field_t *field = xccl_ring_peek(&in->ring);
-    if (!field || field->kind_and_bytes != (bytes << 8 | XCCL_P2P_INLINE) || bytes > XCCL_P2P_INLINE_BYTES ||
-        (tag != XCCL_ANY_TAG && tag != field->event_id))
+    if (!field || bytes_of(field) != bytes || (tag != XCCL_ANY_TAG && tag != field->event_id))
         return false;
-    if (bytes > 0)
-        memcpy(buffer, field->body.payload, bytes);
-    *out = (xccl_message_t){source, field->event_id, bytes};
+    uint64_t ack = 0, number = 0;
+    if (kind_of(field) == XCCL_P2P_INLINE && bytes <= XCCL_P2P_INLINE_BYTES) {
+        xccl_p2p_copy_inline(buffer, field->body.payload, bytes);
+    } else if (kind_of(field) == XCCL_P2P_FIRST && bytes <= xccl_p2p_chunk_bytes(&in->ring.shape) &&
+               field->body.at.ack <= XCCL_P2P_MAX_ACKS) {
+        if (bytes > 0)
+            memcpy(buffer, xccl_ring_block(&in->ring), bytes);
+        ack = field->body.at.ack;
+        number = field->body.at.number;
+    } else {
+        return false;
+    }
+    *out = (xccl_message_t){in->source, field->event_id, bytes};
     xccl_ring_consume(&in->ring);
+    acknowledge(p2p, in->source, ack, number);
     return true;
+}
+
+typedef struct line_wait_t {
+    const xccl_p2p_t *p2p;
+    const xccl_p2p_incoming_t *in;
+    int64_t tag;
+    char what[96];
+} line_wait_t;
+
+static bool line_is_published(void *arg) {
+    const line_wait_t *wait = arg;
+    return xccl_ring_peek(&wait->in->ring) != NULL;
+}
+
+static bool line_awaited(void *arg, int index, xccl_awaited_t *out) {
+    line_wait_t *wait = arg;
+    return xccl_p2p_describe_source(wait->p2p, wait->in->source, wait->tag, index, wait->what, sizeof wait->what, out);
+}
+
+/* Receives without a request, waiting for the next line alone. AGAIN: what has come needs one. */
+static int receive_directly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buffer, uint64_t bytes, int64_t tag,
+                            int64_t deadline, xccl_message_t *out) {
+    line_wait_t line = {.p2p = p2p, .in = in, .tag = tag};
+    xccl_wait_t wait = {.ready = line_is_published, .awaited = line_awaited, .arg = &line};
+    int status = xccl_wait(p2p->world, &wait, deadline);
+    if (status != XCCL_OK)
+        return status;
+    return receive_at_once(p2p, in, buffer, bytes, tag, out) ? XCCL_OK : XCCL_AGAIN;
 }
 
 static int start(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, int64_t tag, xccl_request_t **out) {
@@ -357,13 +395,22 @@ int xccl_p2p_recv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, i
     status = xccl_progress(comm->world);
     if (status != XCCL_OK)
         return status;
-    if (receive_at_once(comm->p2p, buffer, bytes, source, tag, out))
+    xccl_p2p_t *p2p = comm->p2p;
+    xccl_p2p_incoming_t *in = source == XCCL_ANY_SOURCE ? NULL : &p2p->incoming[source];
+    bool direct = in && only_ring_serves(p2p, in);
+    if (direct && receive_at_once(p2p, in, buffer, bytes, tag, out))
         return XCCL_OK;
+    int64_t deadline = xccl_deadline(comm->world, timeout_ns);
+    if (direct) {
+        status = receive_directly(p2p, in, buffer, bytes, tag, deadline, out);
+        if (status != XCCL_AGAIN)
+            return status;
+    }
     xccl_request_t *receive;
     status = start(comm, buffer, bytes, source, tag, &receive);
     if (status != XCCL_OK)
         return status;
-    return xccl_p2p_finish(comm->p2p, receive, xccl_deadline(comm->world, timeout_ns), out);
+    return xccl_p2p_finish(p2p, receive, deadline, out);
 }
 
 int xccl_p2p_irecv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, int64_t tag, xccl_request_t **out) {

@@ -53,42 +53,55 @@ static void return_ack(xccl_request_t *send) {
 
 /* ---- publishing ---- */
 
+/* Reserves the pages of `needed` bytes of the block that the position `ahead` of the next one will use. */
+static int reserve_block(xccl_p2p_t *p2p, xccl_p2p_outgoing_t *out, uint64_t ahead, uint64_t needed) {
+    const xccl_ring_shape_t *shape = &out->ring.shape;
+    uint64_t offset = xccl_ring_block_offset(&out->ring, ahead);
+    uint64_t *reserved = &out->reserved[(out->ring.head + ahead) & (shape->blocks - 1)];
+    if (*reserved >= needed)
+        return XCCL_OK;
+    uint64_t length = XCCL_PAGE;
+    while (length < needed)
+        length *= 2; /* few system calls while sizes grow */
+    if (length > shape->block_bytes)
+        length = shape->block_bytes;
+    int status = xccl_heap_commit_at(p2p->world, out->ring.consumer, offset, length);
+    if (status == XCCL_OK)
+        *reserved = length;
+    return status;
+}
+
 /* Reserves the pages of all blocks that the message will use first, so that it cannot fail halfway. */
 static int reserve_blocks(xccl_p2p_t *p2p, xccl_p2p_outgoing_t *out, uint64_t bytes) {
-    const xccl_ring_shape_t *shape = &out->ring.shape;
-    for (uint64_t ahead = 0; ahead < shape->blocks && ahead * shape->block_bytes < bytes; ahead++) {
-        uint64_t left = bytes - ahead * shape->block_bytes;
-        uint64_t needed = left < shape->block_bytes ? left : shape->block_bytes;
-        uint64_t offset = xccl_ring_block_offset(&out->ring, ahead);
-        uint64_t *reserved = &out->reserved[(offset - shape->blocks_at) / shape->block_bytes];
-        if (*reserved >= needed)
-            continue;
-        uint64_t length = XCCL_PAGE;
-        while (length < needed)
-            length *= 2; /* few system calls while sizes grow */
-        if (length > shape->block_bytes)
-            length = shape->block_bytes;
-        int status = xccl_heap_commit_at(p2p->world, out->ring.consumer, offset, length);
-        if (status != XCCL_OK)
-            return status;
-        *reserved = length;
+    uint64_t chunk = xccl_p2p_chunk_bytes(&out->ring.shape);
+    int status = XCCL_OK;
+    for (uint64_t ahead = 0; status == XCCL_OK && ahead < out->ring.shape.blocks && ahead * chunk < bytes; ahead++) {
+        uint64_t left = bytes - ahead * chunk;
+        status = reserve_block(p2p, out, ahead, left < chunk ? left : chunk);
     }
-    return XCCL_OK;
+    return status;
 }
 
-static xccl_p2p_field_t field_of(const xccl_request_t *send, xccl_p2p_kind_t kind) {
-    return (xccl_p2p_field_t){.event_id = send->tag,
-                              .kind_and_bytes = send->bytes << 8 | (uint64_t)kind,
-                              .body.at = {.ack = send->ack, .number = send->number, .offset = send->offset}};
+/* Publishes a field of any kind but INLINE, whose block is filled. */
+static void publish_field(xccl_p2p_outgoing_t *out, const xccl_request_t *send, xccl_p2p_kind_t kind) {
+    xccl_p2p_field_t *field = xccl_ring_content(&out->ring);
+    field->event_id = send->tag;
+    field->kind_and_bytes = send->bytes << 8 | (uint64_t)kind;
+    field->body.at.chunk_id = send->chunks;
+    field->body.at.offset = send->offset;
+    field->body.at.ack = send->ack;
+    field->body.at.number = send->number;
+    xccl_ring_publish(&out->ring);
 }
 
-static int publish_inline(xccl_p2p_outgoing_t *out, const xccl_request_t *send) {
+static int publish_inline(xccl_p2p_outgoing_t *out, const void *buffer, uint64_t bytes, int64_t tag) {
     if (!xccl_ring_has_line(&out->ring))
         return XCCL_AGAIN;
-    xccl_p2p_field_t field = {.event_id = send->tag, .kind_and_bytes = send->bytes << 8 | XCCL_P2P_INLINE};
-    if (send->bytes > 0)
-        memcpy(field.body.payload, send->buffer, send->bytes);
-    xccl_ring_publish(&out->ring, &field);
+    xccl_p2p_field_t *field = xccl_ring_content(&out->ring);
+    field->event_id = tag;
+    field->kind_and_bytes = bytes << 8 | XCCL_P2P_INLINE;
+    xccl_p2p_copy_inline(field->body.payload, buffer, bytes);
+    xccl_ring_publish(&out->ring);
     return XCCL_OK;
 }
 
@@ -98,14 +111,14 @@ static int publish_offer(xccl_p2p_outgoing_t *out, xccl_request_t *send) {
     int status = take_ack(send);
     if (status != XCCL_OK)
         return status;
-    xccl_p2p_field_t field = field_of(send, XCCL_P2P_OFFER);
-    xccl_ring_publish(&out->ring, &field);
+    publish_field(out, send, XCCL_P2P_OFFER);
     return XCCL_OK;
 }
 
 /* Steps 1 to 3 for each chunk that has a free block. AGAIN: the ring is full, more later. */
 static int publish_chunks(xccl_p2p_outgoing_t *out, xccl_request_t *send) {
     xccl_p2p_t *p2p = send->p2p;
+    uint64_t most = xccl_p2p_chunk_bytes(&out->ring.shape);
     int status = XCCL_OK;
     if (!xccl_ring_has_block(&out->ring))
         return XCCL_AGAIN;
@@ -120,14 +133,12 @@ static int publish_chunks(xccl_p2p_outgoing_t *out, xccl_request_t *send) {
         if (!xccl_ring_has_block(&out->ring))
             return XCCL_AGAIN;
         uint64_t left = send->bytes - send->moved;
-        uint64_t chunk = left < out->ring.shape.block_bytes ? left : out->ring.shape.block_bytes;
+        uint64_t chunk = left < most ? left : most;
         /* steps 1 and 2: from the app data area to the receiver's managed area */
         xccl_gas_put_at(p2p->world, out->ring.consumer, xccl_ring_block_offset(&out->ring, 0),
                         send->buffer + send->moved, chunk);
         /* step 3: event id and chunk id to the receiver's metadata area; moves count only after it (bug class 9) */
-        xccl_p2p_field_t field = field_of(send, send->chunks == 0 ? XCCL_P2P_FIRST : XCCL_P2P_CHUNK);
-        field.body.at.chunk_id = send->chunks;
-        xccl_ring_publish(&out->ring, &field);
+        publish_field(out, send, send->chunks == 0 ? XCCL_P2P_FIRST : XCCL_P2P_CHUNK);
         send->moved += chunk;
         send->chunks++;
     } while (send->moved < send->bytes);
@@ -137,8 +148,7 @@ static int publish_chunks(xccl_p2p_outgoing_t *out, xccl_request_t *send) {
 static int publish_cancel(xccl_p2p_outgoing_t *out, const xccl_request_t *send) {
     if (!xccl_ring_has_line(&out->ring))
         return XCCL_AGAIN;
-    xccl_p2p_field_t field = field_of(send, XCCL_P2P_CANCEL);
-    xccl_ring_publish(&out->ring, &field);
+    publish_field(out, send, XCCL_P2P_CANCEL);
     return XCCL_OK;
 }
 
@@ -146,7 +156,7 @@ static int publish(xccl_p2p_outgoing_t *out, xccl_request_t *send) {
     if (send->cancelled)
         return publish_cancel(out, send);
     if (send->way == XCCL_P2P_INLINE)
-        return publish_inline(out, send);
+        return publish_inline(out, send->buffer, send->bytes, send->tag);
     return send->way == XCCL_P2P_OFFER ? publish_offer(out, send) : publish_chunks(out, send);
 }
 
@@ -286,13 +296,30 @@ static int check_send(const xccl_comm_t *comm, const char *operation, const void
     return status;
 }
 
-/* The common case without a request: inline, nothing queued before it, room in the ring. */
+/* One chunk that does not fit its field. */
+static bool send_block(xccl_p2p_t *p2p, xccl_p2p_outgoing_t *out, const void *buffer, uint64_t bytes, int64_t tag) {
+    if (!xccl_ring_has_block(&out->ring) || reserve_block(p2p, out, 0, bytes) != XCCL_OK)
+        return false;
+    xccl_gas_put_at(p2p->world, out->ring.consumer, xccl_ring_block_offset(&out->ring, 0), buffer, bytes);
+    xccl_p2p_field_t *field = xccl_ring_content(&out->ring);
+    field->event_id = tag;
+    field->kind_and_bytes = bytes << 8 | XCCL_P2P_FIRST;
+    field->body.at.chunk_id = 0;
+    field->body.at.ack = 0;
+    xccl_ring_publish(&out->ring);
+    return true;
+}
+
+/* The common case without a request: nothing queued before it, and room for all of it. */
 static bool send_at_once(xccl_p2p_t *p2p, const void *buffer, uint64_t bytes, int dest, int64_t tag) {
     xccl_p2p_outgoing_t *out = &p2p->outgoing[dest];
-    if (bytes > XCCL_P2P_INLINE_BYTES || out->queue.first || dest == p2p->comm->rank)
+    if (out->queue.first || dest == p2p->comm->rank)
         return false;
-    xccl_request_t send = {.tag = tag, .buffer = (unsigned char *)buffer, .bytes = bytes};
-    return publish_inline(out, &send) == XCCL_OK;
+    if (bytes <= XCCL_P2P_INLINE_BYTES)
+        return publish_inline(out, buffer, bytes, tag) == XCCL_OK;
+    /* an offer needs a request, which awaits its acknowledgement */
+    return bytes <= xccl_p2p_chunk_bytes(&out->ring.shape) && bytes < p2p->world->header->config.p2p_slot_bytes &&
+           send_block(p2p, out, buffer, bytes, tag);
 }
 
 int xccl_p2p_send(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int dest, int64_t tag, xccl_send_mode_t mode,
@@ -300,8 +327,13 @@ int xccl_p2p_send(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int des
     int status = check_send(comm, "send", buffer, bytes, dest, tag, mode);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(comm->world, XCCL_OP_SEND);
-    status = xccl_progress(comm->world);
+    xccl_world_t *world = comm->world;
+    if (mode == XCCL_SEND_DEFAULT && world->num_hooks == 0 && send_at_once(comm->p2p, buffer, bytes, dest, tag)) {
+        xccl_op_begin(world, XCCL_OP_SEND); /* behind it: the message is on its way meanwhile */
+        return XCCL_OK;
+    }
+    xccl_op_begin(world, XCCL_OP_SEND);
+    status = xccl_progress(world);
     if (status != XCCL_OK)
         return status;
     if (mode == XCCL_SEND_DEFAULT && send_at_once(comm->p2p, buffer, bytes, dest, tag))

@@ -5,6 +5,7 @@ void xccl_ring_open_producer(xccl_ring_producer_t *ring, xccl_world_t *world, xc
     *ring = (xccl_ring_producer_t){.world = world,
                                    .shape = shape,
                                    .consumer = consumer,
+                                   .lines = xccl_gas_at(world, consumer, shape.lines_at),
                                    .tail = xccl_gas_at(world, world->rank, shape.tail_at),
                                    .head = position,
                                    .cached_tail = position};
@@ -43,31 +44,9 @@ uint64_t xccl_ring_block_offset(const xccl_ring_producer_t *ring, uint64_t ahead
     return ring->shape.blocks_at + ((ring->head + ahead) & (ring->shape.blocks - 1)) * ring->shape.block_bytes;
 }
 
-void xccl_ring_publish(xccl_ring_producer_t *ring, const void *content) {
-    uint64_t line = ring->shape.lines_at + (ring->head & (ring->shape.lines - 1)) * sizeof(xccl_ring_line_t);
-    xccl_gas_put_at(ring->world, ring->consumer, line + offsetof(xccl_ring_line_t, content), content,
-                    XCCL_RING_CONTENT_BYTES);
-    /* release: content and block are visible to whoever reads this sequence */
-    xccl_gas_signal_at(ring->world, ring->consumer, line + offsetof(xccl_ring_line_t, sequence), ring->head + 1);
-    ring->head++;
-}
-
 /* ---- consumer ---- */
 
-const void *xccl_ring_peek(const xccl_ring_consumer_t *ring) {
-    const xccl_ring_line_t *line = &ring->lines[ring->tail & (ring->shape.lines - 1)];
-    /* acquire (in the load) pairs with the release in publish */
-    return xccl_gas_load(&line->sequence) == ring->tail + 1 ? line->content : NULL;
-}
-
-const void *xccl_ring_block(const xccl_ring_consumer_t *ring) {
-    return ring->blocks + (ring->tail & (ring->shape.blocks - 1)) * ring->shape.block_bytes;
-}
-
-void xccl_ring_consume(xccl_ring_consumer_t *ring) {
-    ring->tail++;
-    if ((ring->tail - ring->released) * 2 < ring->shape.blocks)
-        return;
+void xccl_ring_release(xccl_ring_consumer_t *ring) {
     /* release: the reads of the slots handed back come first */
     xccl_gas_signal_at(ring->world, ring->producer, ring->shape.tail_at, ring->tail);
     ring->released = ring->tail;

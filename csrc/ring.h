@@ -54,7 +54,8 @@ typedef struct xccl_ring_shape_t {
 typedef struct xccl_ring_producer_t {
     xccl_world_t *world;
     xccl_ring_shape_t shape;
-    int consumer; /* world rank */
+    int consumer;            /* world rank */
+    xccl_ring_line_t *lines; /* in the consumer's window */
     const _Atomic uint64_t *tail;
     uint64_t head;        /* positions published */
     uint64_t cached_tail; /* tail as last read */
@@ -84,17 +85,40 @@ bool xccl_ring_has_block(xccl_ring_producer_t *ring);
 /* Offset, in the consumer's window, of the block that the position `ahead` of the next one will use. */
 uint64_t xccl_ring_block_offset(const xccl_ring_producer_t *ring, uint64_t ahead);
 
-/* Publishes the next position and wakes the consumer. There must be room, and the block must be filled.
- * `content` has XCCL_RING_CONTENT_BYTES. */
-void xccl_ring_publish(xccl_ring_producer_t *ring, const void *content);
+/* Content of the next position, XCCL_RING_CONTENT_BYTES to be written before it is published. There must be room. */
+static inline void *xccl_ring_content(const xccl_ring_producer_t *ring) {
+    return ring->lines[ring->head & (ring->shape.lines - 1)].content;
+}
+
+/* Publishes the next position, whose content and block are written, and wakes the consumer. */
+static inline void xccl_ring_publish(xccl_ring_producer_t *ring) {
+    xccl_ring_line_t *line = &ring->lines[ring->head & (ring->shape.lines - 1)];
+    ring->head++;
+    /* release: content and block are visible to whoever reads this sequence */
+    atomic_store_explicit(&line->sequence, ring->head, memory_order_release);
+    xccl_ring(ring->world, ring->consumer);
+}
 
 /* Content of the next position, NULL if it is not published yet. Valid until consumed. */
-const void *xccl_ring_peek(const xccl_ring_consumer_t *ring);
+static inline const void *xccl_ring_peek(const xccl_ring_consumer_t *ring) {
+    const xccl_ring_line_t *line = &ring->lines[ring->tail & (ring->shape.lines - 1)];
+    /* acquire (in the load) pairs with the release in publish */
+    return xccl_gas_load(&line->sequence) == ring->tail + 1 ? line->content : NULL;
+}
 
 /* Its block. */
-const void *xccl_ring_block(const xccl_ring_consumer_t *ring);
+static inline const void *xccl_ring_block(const xccl_ring_consumer_t *ring) {
+    return ring->blocks + (ring->tail & (ring->shape.blocks - 1)) * ring->shape.block_bytes;
+}
+
+/* Tells the producer how far this side has come. */
+void xccl_ring_release(xccl_ring_consumer_t *ring);
 
 /* Hands the next position back. */
-void xccl_ring_consume(xccl_ring_consumer_t *ring);
+static inline void xccl_ring_consume(xccl_ring_consumer_t *ring) {
+    ring->tail++;
+    if ((ring->tail - ring->released) * 2 >= ring->shape.blocks)
+        xccl_ring_release(ring);
+}
 
 #endif

@@ -62,7 +62,8 @@ int pair_send(pair_t *pair, const void *content, const void *block, uint64_t byt
         return 0;
     if (block)
         xccl_gas_put_at(&pair->worlds[PRODUCER], CONSUMER, xccl_ring_block_offset(&pair->producer, 0), block, bytes);
-    xccl_ring_publish(&pair->producer, content);
+    memcpy(xccl_ring_content(&pair->producer), content, XCCL_RING_CONTENT_BYTES);
+    xccl_ring_publish(&pair->producer);
     return 1;
 }
 
