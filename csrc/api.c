@@ -19,7 +19,7 @@ int xccl_comm_open(xccl_world_t *world, xccl_comm_t **out) {
     int status = xccl_comm_create_world(world, &comm);
     if (status != XCCL_OK)
         return status;
-    status = open_layers(comm, xccl_deadline(world, world->header->config.init_timeout_ns));
+    status = open_layers(comm, xccl_deadline_at(world, xccl_deadline(world, world->header->config.init_timeout_ns)));
     if (status != XCCL_OK) {
         xccl_comm_destroy(comm);
         return status;
@@ -33,7 +33,7 @@ int xccl_comm_split(xccl_comm_t *parent, int64_t color, int64_t key, int64_t tim
     if (status != XCCL_OK)
         return status;
     xccl_op_begin(parent->world, XCCL_OP_SPLIT);
-    int64_t deadline = xccl_deadline(parent->world, timeout_ns);
+    int64_t deadline = xccl_deadline_at(parent->world, xccl_deadline(parent->world, timeout_ns));
     xccl_comm_t *comm = NULL;
     status = xccl_comm_settle(parent, xccl_comm_create_split(parent, color, key, deadline, &comm));
     if (status == XCCL_OK && comm) {
@@ -56,7 +56,7 @@ int xccl_comm_close(xccl_comm_t *comm, int64_t timeout_ns) {
         return XCCL_OK;
     }
     xccl_op_begin(comm->world, XCCL_OP_CLOSE);
-    int64_t deadline = xccl_deadline(comm->world, timeout_ns);
+    int64_t deadline = xccl_deadline_at(comm->world, xccl_deadline(comm->world, timeout_ns));
     status = xccl_comm_settle(comm, xccl_p2p_close(comm, deadline));
     if (status == XCCL_OK && comm->context != 0)
         status = xccl_comm_settle(comm, xccl_coll_close(comm, deadline));

@@ -191,7 +191,7 @@ int xccl_p2p_await(xccl_request_t *request, int64_t deadline, xccl_message_t *ou
     xccl_wait_t wait = {.ready = is_over_or_moved, .awaited = awaited, .arg = &waiting};
     for (bool again = false; !request->done; again = true) {
         /* past the deadline the wait must end this, however much still moves */
-        waiting.to_the_end = again && xccl_now_ns() >= deadline;
+        waiting.to_the_end = again && xccl_now_ns() >= xccl_deadline_at(waiting.p2p->world, deadline);
         waiting.moves = waiting.p2p->moves;
         int status = xccl_wait(waiting.p2p->world, &wait, deadline);
         if (status == XCCL_OK)

@@ -64,11 +64,6 @@ static xccl_config_t with_defaults(const xccl_config_t *config) {
         c.coll_block_bytes = staging_block_bytes();
     if (!c.cores)
         c.cores = (int32_t)sysconf(_SC_NPROCESSORS_ONLN);
-    /* With a core for each rank a short spin nearly always wins; with fewer the core is better given away. */
-    if (!c.spin)
-        c.spin = c.size <= c.cores ? 4000 : 50;
-    if (!c.yields)
-        c.yields = 20;
     if (!c.timeout_ns)
         c.timeout_ns = 300ll * 1000000000;
     if (!c.init_timeout_ns)
@@ -196,8 +191,6 @@ static void bind_views(xccl_world_t *world) {
     world->stride = world->header->stride;
     world->windows = world->base + world->header->control_bytes;
     world->own = world->rank < 0 ? NULL : world->windows + (uint64_t)world->rank * world->stride;
-    world->spin = world->header->config.spin;
-    world->yields = world->header->config.yields;
     world->timeout_ns = world->header->config.timeout_ns;
 }
 
@@ -224,6 +217,7 @@ static int claim_rank(xccl_world_t *world) {
     int status = xccl_heap_commit(world, XCCL_AREAS * table, XCCL_PAGE);
     if (status != XCCL_OK)
         return status;
+    xccl_wait_open(world);
     /* release: who sees ATTACHED sees pid, start time and the zeroed boot pages */
     atomic_store_explicit(&entry->state, XCCL_RANK_ATTACHED, memory_order_release);
     return XCCL_OK;

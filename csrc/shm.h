@@ -64,7 +64,7 @@ typedef struct xccl_header_t {
 
 /*   rank table entry: the words written by the rank itself and those written by others are on lines apart
  *   line 0  identity: pid, start time, state        written by the rank, read by all in slow paths
- *   line 1  sleeping                                written by the rank, read at every signal
+ *   line 1  sleeping: bits, see wait.c              written by the rank, read at every signal
  *   line 2  bell                                    written by ringers: the futex word
  *   line 3  what it does: operation, sequence, ...  written by the rank, read by tools
  */
@@ -104,8 +104,10 @@ struct xccl_world_t {
     xccl_header_t *header;
     char *abort_text;
     xccl_rank_entry_t *ranks;
-    uint64_t spin, yields;
-    int64_t timeout_ns; /* default of blocking calls */
+    xccl_ladder_t ladder;
+    bool fences_by_membarrier; /* a rank that goes to sleep fences this process: see xccl_ring */
+    int64_t timeout_ns;        /* default of blocking calls */
+    int64_t slow_since;        /* when the current operation's clock started; 0: not yet */
     xccl_interrupt_fn interrupted;
     xccl_hook_t hooks[XCCL_MAX_HOOKS];
     int num_hooks;

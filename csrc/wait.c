@@ -1,25 +1,24 @@
 #define _GNU_SOURCE
 #include "wait.h"
 
-#include <errno.h>
-#include <limits.h>
-#include <linux/futex.h>
 #include <sched.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <string.h>
-#include <sys/syscall.h>
+#include <sys/resource.h>
 #include <time.h>
-#include <unistd.h>
 
+#include "doorbell.h"
 #include "shm.h"
 #include "status.h"
 
 /* A sleeper looks at abort flag, deadline and liveness this often even if nobody rings. */
 static const int64_t SLICE_NS = 100 * 1000000ll;
-/* Processes looked up in /proc on each look, besides those waited for: a death is found by somebody soon and
- * marked in the rank table, where all see it. */
-enum { PROBES_PER_LOOK = 4, MAX_SLOTS_SHOWN = 16, MAX_RANKS_SHOWN = 64 };
+
+enum {
+    SPIN_LEAST = 4,   /* polls: the way of a cache line from another core */
+    SPIN_MOST = 4000, /* polls: about 100 us */
+    SPIN_BETWEEN = 64 /* the most polls between two yields */
+};
+static const int64_t YIELD_LEAST_NS = 50 * 1000;  /* about the cost of sleeping and being woken */
+static const int64_t YIELD_MOST_NS = 1000 * 1000; /* so that a rank with long waits uses no CPU to speak of */
 
 static inline void relax(void) {
 #if defined(__x86_64__)
@@ -29,36 +28,31 @@ static inline void relax(void) {
 #endif
 }
 
+/* ---- deadlines ----
+ * A time out of the future is positive; a timeout whose clock has not started is -1 - timeout. */
+
 int64_t xccl_now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-int64_t xccl_deadline(const xccl_world_t *world, int64_t timeout_ns) {
+int64_t xccl_deadline(xccl_world_t *world, int64_t timeout_ns) {
     if (timeout_ns == XCCL_TIMEOUT_DEFAULT)
         timeout_ns = world->timeout_ns;
-    int64_t now = xccl_now_ns();
-    return timeout_ns > INT64_MAX - now ? INT64_MAX : now + timeout_ns;
+    world->slow_since = 0;
+    if (timeout_ns == XCCL_TIMEOUT_NONE)
+        return INT64_MAX;
+    return -1 - (timeout_ns > 0 ? timeout_ns : 0);
 }
 
-/* ---- the doorbell ----
- * Waiter: sleeping = 1; fence; look again; futex_wait(bell).     Ringer: store the word; fence; read sleeping.
- * Both fences are sequentially consistent, so at least one side sees the other's store: either the waiter's
- * last look finds the word, or the ringer finds the sleeper and wakes it. The bell's value is read before the
- * last look, so a ring between that look and the system call makes futex_wait return at once. */
-
-static long futex(_Atomic uint32_t *word, int operation, uint32_t value, const struct timespec *timeout) {
-    return syscall(SYS_futex, word, operation, value, timeout, NULL, 0);
-}
-
-void xccl_ring(xccl_world_t *world, int rank) {
-    xccl_rank_entry_t *entry = &world->ranks[rank];
-    atomic_thread_fence(memory_order_seq_cst);
-    if (atomic_load_explicit(&entry->sleeping, memory_order_relaxed) == 0)
-        return;
-    atomic_fetch_add_explicit(&entry->bell, 1, memory_order_release);
-    futex(&entry->bell, FUTEX_WAKE, INT_MAX, NULL);
+int64_t xccl_deadline_at(xccl_world_t *world, int64_t deadline) {
+    if (deadline >= 0)
+        return deadline;
+    if (world->slow_since == 0)
+        world->slow_since = xccl_now_ns();
+    int64_t timeout_ns = -1 - deadline;
+    return timeout_ns > INT64_MAX - world->slow_since ? INT64_MAX : world->slow_since + timeout_ns;
 }
 
 /* ---- progress hooks ---- */
@@ -89,190 +83,137 @@ int xccl_progress(xccl_world_t *world) {
     return status < 0 ? status : XCCL_OK;
 }
 
-/* ---- what a waiter reports ---- */
+/* ---- what is learned ---- */
 
-typedef struct text_t {
-    char buffer[24576];
-    size_t length;
-} text_t;
+void xccl_wait_open(xccl_world_t *world) {
+    const xccl_config_t *config = &world->header->config;
+    xccl_ladder_t *ladder = &world->ladder;
+    ladder->fixed_spin = config->spin != 0;
+    ladder->spin = config->spin ? config->spin : config->size <= config->cores ? SPIN_MOST : SPIN_LEAST;
+    ladder->yields = config->yields;
+    ladder->yield_ns = YIELD_MOST_NS;
+    xccl_doorbell_open(world);
+}
 
-static void __attribute__((format(printf, 2, 3))) append(text_t *text, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    int n = vsnprintf(text->buffer + text->length, sizeof text->buffer - text->length, format, args);
-    va_end(args);
-    if (n > 0) {
-        size_t room = sizeof text->buffer - text->length - 1;
-        text->length += (size_t)n < room ? (size_t)n : room;
+static long switches(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_THREAD, &usage);
+    return usage.ru_nvcsw + usage.ru_nivcsw;
+}
+
+/* Yields, and learns whether anybody else wanted the core. */
+static void yield_and_learn(xccl_ladder_t *ladder) {
+    long before = switches();
+    sched_yield();
+    bool shared = switches() != before;
+    if (shared)
+        ladder->spin = ladder->spin / 2 > SPIN_LEAST ? ladder->spin / 2 : SPIN_LEAST;
+    else
+        ladder->spin = ladder->spin * 2 < SPIN_MOST ? ladder->spin * 2 : SPIN_MOST;
+}
+
+/* Whether this wait's first yield is one to learn from. A rank that spins in vain learns at once; for one that yields
+ * anyway, asking costs more than it brings. */
+static bool learns(xccl_ladder_t *ladder) {
+    enum { OFTEN = 16 };
+    return !ladder->fixed_spin && (ladder->spin > SPIN_LEAST || ladder->yielding++ % OFTEN == 0);
+}
+
+/* A wait is over, or at least has got so long that one should sleep at once. */
+static void learn_length(xccl_ladder_t *ladder, int64_t waited_ns) {
+    if (waited_ns > YIELD_MOST_NS)
+        ladder->yield_ns = ladder->yield_ns / 2 > YIELD_LEAST_NS ? ladder->yield_ns / 2 : YIELD_LEAST_NS;
+    else if (waited_ns > ladder->yield_ns / 2)
+        ladder->yield_ns = ladder->yield_ns * 2 < YIELD_MOST_NS ? ladder->yield_ns * 2 : YIELD_MOST_NS;
+}
+
+/* ---- the rungs ---- */
+
+/* Ready, or failed, or XCCL_AGAIN. Runs the hooks once. */
+static int poll(xccl_world_t *world, const xccl_wait_t *wait) {
+    int status = xccl_progress(world);
+    if (wait->ready(wait->arg))
+        return XCCL_OK;
+    return status < 0 ? status : XCCL_AGAIN;
+}
+
+static int spin(xccl_world_t *world, const xccl_wait_t *wait, uint64_t polls) {
+    for (uint64_t i = 0; i < polls; i++) {
+        int status = poll(world, wait);
+        if (status != XCCL_AGAIN)
+            return status;
+        relax();
     }
-}
-
-static const char *own_operation(const xccl_world_t *world) {
-    return xccl_op_name(atomic_load_explicit(&world->ranks[world->rank].operation, memory_order_relaxed));
-}
-
-static int fail_timeout(xccl_world_t *world, const xccl_wait_t *wait) {
-    text_t text = {.length = 0};
-    char line[256];
-    append(&text, "rank %d: %s timed out.", world->rank, own_operation(world));
-    xccl_awaited_t slot;
-    int missing = 0;
-    for (; missing < world->size * 4 && wait->awaited(wait->arg, missing, &slot); missing++) {
-        if (missing >= MAX_SLOTS_SHOWN)
-            continue;
-        if (slot.peer >= 0)
-            append(&text, "\n  missing: %s of rank %d, expected %llu, seen %llu", slot.what, slot.peer,
-                   (unsigned long long)slot.expected, (unsigned long long)slot.seen);
-        else
-            append(&text, "\n  missing: %s, expected %llu, seen %llu", slot.what, (unsigned long long)slot.expected,
-                   (unsigned long long)slot.seen);
-    }
-    if (missing > MAX_SLOTS_SHOWN)
-        append(&text, "\n  ... and %d more", missing - MAX_SLOTS_SHOWN);
-    append(&text, "\nAll ranks:");
-    for (int rank = 0; rank < world->size && rank < MAX_RANKS_SHOWN; rank++) {
-        xccl_shm_describe_rank(world, rank, line, sizeof line);
-        append(&text, "\n  %s", line);
-    }
-    return xccl_fail(XCCL_ERR_TIMEOUT, "%s", text.buffer);
-}
-
-static int fail_lost(xccl_world_t *world, int lost) {
-    char line[256];
-    xccl_shm_describe_rank(world, lost, line, sizeof line);
-    return xccl_fail(XCCL_ERR_PEER_LOST, "rank %d: %s cannot complete, rank %d is lost. Its last state: %s",
-                     world->rank, own_operation(world), lost, line);
-}
-
-/* ---- the slow path ---- */
-
-static int32_t state_of(const xccl_world_t *world, int rank) {
-    return atomic_load_explicit(&world->ranks[rank].state, memory_order_acquire);
-}
-
-/* A rank whose death is marked or found now; -1 if none. `turn` spreads the /proc look-ups over all ranks. */
-static int find_dead(const xccl_world_t *world, unsigned turn) {
-    for (int rank = 0; rank < world->size; rank++)
-        if (state_of(world, rank) == XCCL_RANK_DEAD)
-            return rank;
-    for (unsigned i = 0; i < PROBES_PER_LOOK && i < (unsigned)world->size; i++) {
-        int rank = (int)((turn * PROBES_PER_LOOK + i + (unsigned)world->rank) % (unsigned)world->size);
-        if (rank != world->rank && xccl_shm_is_dead(world, rank))
-            return rank;
-    }
-    return -1;
-}
-
-/* Everybody else has left: nobody can write what is waited for. */
-static int find_last_leaver(const xccl_world_t *world) {
-    int leaver = -1;
-    for (int rank = 0; rank < world->size; rank++) {
-        if (rank == world->rank)
-            continue;
-        if (state_of(world, rank) != XCCL_RANK_CLOSED)
-            return -1;
-        leaver = rank;
-    }
-    return leaver;
-}
-
-/* An awaited rank that is dead or has left, or any dead rank; -1 if none. Notes whom this rank waits for. */
-static int find_lost(xccl_world_t *world, const xccl_wait_t *wait, unsigned turn) {
-    xccl_awaited_t slot;
-    for (int i = 0; i < world->size && wait->awaited(wait->arg, i, &slot); i++) {
-        if (i == 0)
-            atomic_store_explicit(&world->ranks[world->rank].waits_for, slot.peer, memory_order_relaxed);
-        if (slot.peer == world->rank)
-            continue;
-        if (slot.peer < 0) {
-            int leaver = find_last_leaver(world);
-            if (leaver >= 0)
-                return leaver;
-        } else if (state_of(world, slot.peer) == XCCL_RANK_CLOSED || xccl_shm_is_dead(world, slot.peer)) {
-            return slot.peer;
-        }
-    }
-    return find_dead(world, turn);
-}
-
-/* One look at everything that may end a wait early. XCCL_AGAIN: go on waiting. */
-static int look_around(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline, unsigned turn) {
-    int status = xccl_check_usable(world);
-    if (status != XCCL_OK)
-        return status;
-    int lost = find_lost(world, wait, turn);
-    if (lost >= 0)
-        /* a peer may signal and then leave: its state was read first, so the signal is visible now */
-        return wait->ready(wait->arg) ? XCCL_OK : fail_lost(world, lost);
-    if (xccl_now_ns() >= deadline)
-        return wait->ready(wait->arg) ? XCCL_OK : fail_timeout(world, wait);
-    if (world->interrupted && world->interrupted())
-        return xccl_fail(XCCL_ERR_INTERRUPTED, "rank %d: %s was interrupted", world->rank, own_operation(world));
     return XCCL_AGAIN;
 }
 
-/* True: ready. Otherwise runs the hooks once. */
-static bool poll(xccl_world_t *world, const xccl_wait_t *wait, int *status) {
-    *status = xccl_progress(world);
-    return wait->ready(wait->arg);
-}
-
-/* Sleeps until rung, at most one slice or to the deadline. True when ready. */
-static bool doze(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline, int *status) {
-    xccl_rank_entry_t *entry = &world->ranks[world->rank];
-    uint32_t bell = atomic_load_explicit(&entry->bell, memory_order_acquire);
-    atomic_store_explicit(&entry->sleeping, 1, memory_order_relaxed);
-    atomic_thread_fence(memory_order_seq_cst);
-    bool ready = poll(world, wait, status);
-    if (!ready && *status == XCCL_OK) {
-        int64_t left = deadline - xccl_now_ns();
-        if (left > SLICE_NS)
-            left = SLICE_NS;
-        if (left > 0) {
-            struct timespec timeout = {.tv_sec = left / 1000000000, .tv_nsec = left % 1000000000};
-            futex(&entry->bell, FUTEX_WAIT, bell, &timeout);
-        }
+static int yield(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline, int64_t since) {
+    xccl_ladder_t *ladder = &world->ladder;
+    uint64_t between = ladder->spin < SPIN_BETWEEN ? ladder->spin : SPIN_BETWEEN;
+    int64_t now = since;
+    for (uint64_t i = 0; now < deadline; i++) {
+        if (ladder->yields != 0 ? i == ladder->yields : now - since > ladder->yield_ns)
+            break;
+        if (i == 0 && learns(ladder))
+            yield_and_learn(ladder);
+        else
+            sched_yield();
+        int status = spin(world, wait, between);
+        if (status != XCCL_AGAIN)
+            return status;
+        now = xccl_now_ns();
     }
-    atomic_store_explicit(&entry->sleeping, 0, memory_order_relaxed);
-    return ready;
+    return XCCL_AGAIN;
 }
 
-/* Between two looks a sleeper may be rung many times for things it does not wait for. */
-static int wait_asleep(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline) {
+/* Sleeps until rung, at most one slice or to the deadline. XCCL_AGAIN with *out_rung: somebody rang. */
+static int doze(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline, bool *out_rung) {
+    uint32_t bell = xccl_doorbell_arm(world);
+    int status = poll(world, wait);
+    int64_t left = status == XCCL_AGAIN ? deadline - xccl_now_ns() : 0;
+    *out_rung = left > 0 && xccl_doorbell_sleep(world, bell, left < SLICE_NS ? left : SLICE_NS);
+    xccl_doorbell_disarm(world);
+    return status;
+}
+
+/* A ring that brings not yet all that is awaited mostly comes before others soon: so it yields again, rather than let
+ * each of them pay for waking it. */
+static int sleep_until_ready(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline) {
     int64_t next_look = 0;
     for (unsigned turn = 0;;) {
         int64_t now = xccl_now_ns();
         if (now >= next_look || now >= deadline) {
-            int status = look_around(world, wait, deadline, turn++);
+            int status = xccl_wait_look(world, wait, deadline, turn++);
             if (status != XCCL_AGAIN)
                 return status;
             next_look = now + SLICE_NS;
         }
-        int status;
-        if (doze(world, wait, deadline, &status))
-            return XCCL_OK;
-        if (status < 0)
+        bool rung;
+        int status = doze(world, wait, deadline, &rung);
+        if (status == XCCL_AGAIN && rung)
+            status = yield(world, wait, deadline, xccl_now_ns());
+        if (status != XCCL_AGAIN)
             return status;
     }
+}
+
+static int __attribute__((noinline)) wait_slowly(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline) {
+    deadline = xccl_deadline_at(world, deadline);
+    int64_t since = xccl_now_ns();
+    int status = yield(world, wait, deadline, since);
+    if (status == XCCL_AGAIN) {
+        status = sleep_until_ready(world, wait, deadline);
+        atomic_store_explicit(&world->ranks[world->rank].waits_for, -1, memory_order_relaxed);
+    }
+    learn_length(&world->ladder, xccl_now_ns() - since);
+    return status;
 }
 
 int xccl_wait(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline) {
     if (wait->ready(wait->arg))
         return XCCL_OK;
-    for (uint64_t i = 0, rungs = world->spin + world->yields; i < rungs; i++) {
-        int status;
-        if (poll(world, wait, &status))
-            return XCCL_OK;
-        if (status < 0)
-            return status;
-        if (i < world->spin)
-            relax();
-        else
-            sched_yield();
-    }
-    int status = wait_asleep(world, wait, deadline);
-    atomic_store_explicit(&world->ranks[world->rank].waits_for, -1, memory_order_relaxed);
-    return status;
+    int status = spin(world, wait, world->ladder.spin);
+    return status == XCCL_AGAIN ? wait_slowly(world, wait, deadline) : status;
 }
 
 /* ---- waiting for one word ---- */

@@ -82,8 +82,8 @@ typedef struct xccl_config_t {
     uint64_t p2p_slots;      /* slots of a ring, a power of two [8] */
     uint64_t
         coll_block_bytes;    /* a staging block of collectives on ordinary arrays; there are two [half the L2 cache] */
-    uint64_t spin;           /* polls before a waiter yields [from ranks per core] */
-    uint64_t yields;         /* yields before a waiter sleeps [20] */
+    uint64_t spin;           /* polls before a waiter yields [measured] */
+    uint64_t yields;         /* yields before a waiter sleeps [measured] */
     int64_t timeout_ns;      /* default deadline of a blocking call [300 s] */
     int64_t init_timeout_ns; /* deadline for all ranks to attach [600 s] */
     char session[32];        /* random id of the world, NUL-terminated */

@@ -65,8 +65,8 @@ OPTIONS = (
     Option(
         "heap_size", 64 << 30, "bytes", "address space for symmetric arrays, per rank; pages are taken when allocated"
     ),
-    Option("spin", 0, "count", "polls before a waiting rank yields its core; 0 chooses by ranks per core"),
-    Option("yields", 20, "count", "yields before a waiting rank sleeps"),
+    Option("spin", 0, "count", "polls before a waiting rank yields its core; 0 measures whether the core is its own"),
+    Option("yields", 0, "count", "yields before a waiting rank sleeps; 0 measures how long waits last"),
     Option("p2p_slot_size", 64 << 10, "bytes", "payload of one slot of a send/receive ring"),
     Option("p2p_slots", 8, "count", "slots of a send/receive ring, a power of two"),
     Option(
