@@ -4,7 +4,7 @@
 #include "status.h"
 #include "wait.h"
 
-static int open_layers(xccl_comm_t *comm, int64_t deadline) {
+int xccl_comm_open_layers(xccl_comm_t *comm, int64_t deadline) {
     int status = xccl_coll_open(comm, deadline);
     if (status != XCCL_OK)
         return status;
@@ -19,7 +19,8 @@ int xccl_comm_open(xccl_world_t *world, xccl_comm_t **out) {
     int status = xccl_comm_create_world(world, &comm);
     if (status != XCCL_OK)
         return status;
-    status = open_layers(comm, xccl_deadline_at(world, xccl_deadline(world, world->header->config.init_timeout_ns)));
+    status = xccl_comm_open_layers(
+        comm, xccl_deadline_at(world, xccl_deadline(world, world->header->config.init_timeout_ns)));
     if (status != XCCL_OK) {
         xccl_comm_destroy(comm);
         return status;
@@ -37,7 +38,7 @@ int xccl_comm_split(xccl_comm_t *parent, int64_t color, int64_t key, int64_t tim
     xccl_comm_t *comm = NULL;
     status = xccl_comm_settle(parent, xccl_comm_create_split(parent, color, key, deadline, &comm));
     if (status == XCCL_OK && comm) {
-        status = open_layers(comm, deadline);
+        status = xccl_comm_open_layers(comm, deadline);
         if (status != XCCL_OK)
             xccl_comm_destroy(comm);
     }

@@ -14,7 +14,7 @@ static uint64_t context_offset(int context) {
     return tables + (uint64_t)context * XCCL_PAGE;
 }
 
-static xccl_context_page_t *context_page(const xccl_comm_t *comm, int world_rank) {
+xccl_context_page_t *xccl_comm_page(const xccl_comm_t *comm, int world_rank) {
     return xccl_gas_at(comm->world, world_rank, context_offset(comm->context));
 }
 
@@ -158,12 +158,17 @@ int xccl_comm_create_split(xccl_comm_t *parent, int64_t color, int64_t key, int6
     return create(world, context, count, ranks, out);
 }
 
+int xccl_comm_create_view(xccl_world_t *world, int context, int size, const int *ranks, xccl_comm_t **out) {
+    int status = clear_context(world, context);
+    return status == XCCL_OK ? create(world, context, size, ranks, out) : status;
+}
+
 /* ---- sync and agree ---- */
 
 int xccl_comm_sync(xccl_comm_t *comm, int64_t deadline) {
     xccl_world_t *world = comm->world;
     uint64_t epoch = ++comm->sync_epoch;
-    xccl_context_page_t *own = context_page(comm, world->rank);
+    xccl_context_page_t *own = xccl_comm_page(comm, world->rank);
     for (int round = 0, distance = 1; distance < comm->size; round++, distance *= 2) {
         int to = comm->ranks[(comm->rank + distance) % comm->size];
         int from = comm->ranks[(comm->rank - distance + comm->size) % comm->size];
@@ -180,12 +185,12 @@ int xccl_comm_agree(xccl_comm_t *comm, const void *mine, void *all, int64_t dead
     /* Two slots alternate. A slot is written again two agreements later, and between lies a barrier that each
      * member enters only after it has read this one. */
     unsigned slot = comm->agree_epoch++ & 1;
-    memcpy(context_page(comm, comm->world->rank)->agree[slot], mine, XCCL_AGREE_BYTES);
+    memcpy(xccl_comm_page(comm, comm->world->rank)->agree[slot], mine, XCCL_AGREE_BYTES);
     int status = xccl_comm_sync(comm, deadline);
     if (status != XCCL_OK)
         return status;
     for (int pe = 0; pe < comm->size; pe++)
-        memcpy((unsigned char *)all + (size_t)pe * XCCL_AGREE_BYTES, context_page(comm, comm->ranks[pe])->agree[slot],
+        memcpy((unsigned char *)all + (size_t)pe * XCCL_AGREE_BYTES, xccl_comm_page(comm, comm->ranks[pe])->agree[slot],
                XCCL_AGREE_BYTES);
     return XCCL_OK;
 }

@@ -9,7 +9,7 @@
 
 #include "shm.h"
 
-enum { XCCL_AGREE_BYTES = 64, XCCL_SYNC_ROUNDS = 16 };
+enum { XCCL_AGREE_BYTES = 64, XCCL_SYNC_ROUNDS = 16, XCCL_SHRINK_ATTEMPTS = 64 };
 
 /*   context page of a window, written by peers only, except the agreement slots (written by the owner)
  *   | sync line of round 0 | ... | round 15 | agreement slot 0 | slot 1 |
@@ -21,9 +21,22 @@ typedef struct xccl_sync_line_t {
     _Alignas(64) _Atomic uint64_t epoch;
 } xccl_sync_line_t;
 
+/* What shrink.c needs of each member of the communicator that loses some. */
+typedef struct xccl_shrink_page_t {
+    /* written by the owner; progress last, with release order */
+    _Alignas(64) _Atomic uint64_t progress; /* 4 * attempt + step: only grows */
+    uint64_t contexts_used[XCCL_MAX_CONTEXTS / 64];
+    uint64_t context;                   /* its proposal: the new communicator's context, */
+    uint64_t view[XCCL_MAX_RANKS / 64]; /* and its world ranks */
+    /* in the page of member 0, written by anybody, once: 0 is undecided */
+    _Atomic uint64_t decision[XCCL_SHRINK_ATTEMPTS]; /* member whose proposal stands, + 1 */
+    _Atomic uint64_t commit[XCCL_SHRINK_ATTEMPTS];
+} xccl_shrink_page_t;
+
 typedef struct xccl_context_page_t {
     xccl_sync_line_t sync[XCCL_SYNC_ROUNDS];
     _Alignas(64) unsigned char agree[2][XCCL_AGREE_BYTES];
+    xccl_shrink_page_t shrink;
 } xccl_context_page_t;
 _Static_assert(sizeof(xccl_context_page_t) <= XCCL_PAGE, "a context is one page");
 
@@ -34,6 +47,7 @@ struct xccl_comm_t {
     int *ranks; /* world rank of each member */
     uint64_t sync_epoch;
     uint64_t agree_epoch;
+    uint64_t shrink_attempts; /* that failed, for all survivors */
     bool broken;              /* an operation failed halfway: members no longer agree on epochs */
     struct xccl_coll_t *coll; /* owned by coll.c */
     struct xccl_p2p_t *p2p;   /* owned by p2p.c */
@@ -44,6 +58,13 @@ int xccl_comm_create_world(xccl_world_t *world, xccl_comm_t **out);
 
 /* split without the layers above. Collective over `parent`. */
 int xccl_comm_create_split(xccl_comm_t *parent, int64_t color, int64_t key, int64_t deadline, xccl_comm_t **out);
+
+/* The communicator of these world ranks, this one among them, without the layers above; clears the own page of
+ * `context`. Local: no peer may signal before it knows that the page is cleared. */
+int xccl_comm_create_view(xccl_world_t *world, int context, int size, const int *ranks, xccl_comm_t **out);
+
+/* A member's page of the communicator's context. */
+xccl_context_page_t *xccl_comm_page(const xccl_comm_t *comm, int world_rank);
 
 /* Gives the context back and frees the handle. Nobody may use the communicator any more. */
 void xccl_comm_destroy(xccl_comm_t *comm);

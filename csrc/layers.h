@@ -6,6 +6,9 @@
 
 /* open: collective; allocates the layer's blocks. close: collective; gives them back. discard: local, talks to nobody.
  */
+/* Opens all layers above a fresh communicator, or none. Collective. */
+int xccl_comm_open_layers(xccl_comm_t *comm, int64_t deadline);
+
 int xccl_coll_open(xccl_comm_t *comm, int64_t deadline);
 int xccl_coll_close(xccl_comm_t *comm, int64_t deadline);
 void xccl_coll_discard(xccl_comm_t *comm);

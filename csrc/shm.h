@@ -41,6 +41,7 @@ typedef enum xccl_op_t {
     XCCL_OP_DISPATCH,
     XCCL_OP_COMBINE,
     XCCL_OP_EP_OPEN,
+    XCCL_OP_SHRINK,
     XCCL_OP_COUNT
 } xccl_op_t;
 
@@ -113,6 +114,8 @@ struct xccl_world_t {
     int num_hooks;
     bool in_progress; /* a hook runs: hooks do not nest */
     uint64_t contexts_used[XCCL_MAX_CONTEXTS / 64];
+    bool outlives_peers;                   /* the current wait goes on when ranks die */
+    uint64_t mourned[XCCL_MAX_RANKS / 64]; /* dead ranks that shrink has dealt with */
 };
 
 /* Note what this rank does. Relaxed stores to its own line: cheap, always on. */

@@ -216,6 +216,13 @@ int xccl_wait(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline) {
     return status == XCCL_AGAIN ? wait_slowly(world, wait, deadline) : status;
 }
 
+int xccl_wait_for_survivors(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline) {
+    world->outlives_peers = true;
+    int status = xccl_wait(world, wait, deadline);
+    world->outlives_peers = false;
+    return status;
+}
+
 /* ---- waiting for one word ---- */
 
 typedef struct word_t {

@@ -66,6 +66,9 @@ int xccl_wait(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline);
  * waiting. `turn` counts the looks of a wait. For the wait function. */
 int xccl_wait_look(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline, unsigned turn);
 
+/* Waits as xccl_wait, but deaths do not end it: they are noted in the rank table, for `ready` to see. */
+int xccl_wait_for_survivors(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline);
+
 /* Waits until *word >= value. `peer` is the world rank that is to write it. */
 int xccl_wait_word(xccl_world_t *world, const _Atomic uint64_t *word, uint64_t value, int peer, const char *what,
                    int64_t deadline);

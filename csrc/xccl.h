@@ -165,6 +165,12 @@ int xccl_comm_open(xccl_world_t *world, xccl_comm_t **out);
  * NULL. Collective over `parent`. */
 int xccl_comm_split(xccl_comm_t *parent, int64_t color, int64_t key, int64_t timeout_ns, xccl_comm_t **out);
 
+/* The members that live form a new communicator, in the old order; `parent` is unusable from then on, and is to be
+ * discarded. To be called by all survivors, after a call on `parent` failed with PEER_LOST. All get the same members, even
+ * if more die meanwhile (those may be among them: the next call then says so). Deaths outside the new communicator no
+ * longer end waits. TIMEOUT names the members that neither came nor died; the call may be repeated then. */
+int xccl_comm_shrink(xccl_comm_t *parent, int64_t timeout_ns, xccl_comm_t **out);
+
 /* Completes pending sends, then releases the communicator. Collective for a communicator made by split;
  * for that of the world every rank leaves by itself. After an abort, or a failed collective, it only frees the handle.
  */

@@ -13,10 +13,12 @@ import pytest
 import xccl
 
 
-def ranks(*counts: int, timeout: float = 60.0) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+def ranks(
+    *counts: int, timeout: float = 60.0, keep_going: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Runs `test(comm, ...)` on each number of ranks given; further arguments are pytest's.
 
-    A failing test shows each rank's output. More ranks than cores is normal.
+    With `keep_going` ranks may die. A failing test shows each rank's output. More ranks than cores is normal.
     """
 
     def decorate(test: Callable[..., Any]) -> Callable[..., None]:
@@ -27,7 +29,9 @@ def ranks(*counts: int, timeout: float = 60.0) -> Callable[[Callable[..., Any]],
             if "tmp_path" in {p.name for p in parameters}:
                 arguments["tmp_path"] = tmp_path
             try:
-                xccl.run(lambda comm: test(comm, **arguments), nranks, timeout=timeout, logs=tmp_path)
+                xccl.run(
+                    lambda comm: test(comm, **arguments), nranks, timeout=timeout, logs=tmp_path, keep_going=keep_going
+                )
             except xccl.XcclError as error:
                 logs = "\n".join(f"--- {log.name}\n{log.read_text()}" for log in sorted(tmp_path.glob("rank-*.log")))
                 pytest.fail(f"{type(error).__name__}: {error}\n{logs}", pytrace=False)

@@ -86,6 +86,24 @@ def test_an_exception_is_shown_once_and_ends_all(program: Path) -> None:
     assert "xccl run: rank 1 " in done.stderr.splitlines()[-1]
 
 
+def test_with_keep_going_the_survivors_of_a_kill_go_on(tmp_path: Path) -> None:
+    program = tmp_path / "survive.py"
+    program.write_text(
+        "import os, signal, xccl\n"
+        "comm = xccl.init()\n"
+        "if comm.rank == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "try:\n    comm.barrier()\n"
+        "except xccl.XcclPeerLost:\n    comm = comm.shrink()\n"
+        "print(f'{comm.rank} of {comm.size}')\n"
+    )
+    done = _run("-n", 3, "--keep-going", program)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0 of 2", "1 of 2"]
+    assert "rank 1" in done.stderr
+    assert "was killed by SIGKILL" in done.stderr
+    assert "the others go on" in done.stderr
+
+
 def test_a_killed_rank_is_named(program: Path) -> None:
     done = _run("-n", 3, program, "kill")
     assert done.returncode == 128 + signal.SIGKILL

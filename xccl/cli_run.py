@@ -38,6 +38,11 @@ def add_parser(subparsers: Any) -> None:
         "-n", "--ranks", type=int, required=True, metavar="N", help="number of ranks, also more than cores"
     )
     parser.add_argument("--timeout", type=float, metavar="S", help="end all ranks after S seconds (exit code 124)")
+    parser.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="a rank that is killed does not end the others, which may go on with comm.shrink()",
+    )
     parser.add_argument("--prefix", action="store_true", help='begin each line of output with its rank: "[2] "')
     parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is a Python module, as in python -m")
     parser.add_argument("program", metavar="PROGRAM", help="a Python file (*.py), or any executable")
@@ -53,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
         command = [sys.executable, "-m", *command]
     elif options.program.endswith(".py"):
         command = [sys.executable, *command]
-    job = Job(command, options.ranks, options.prefix)
+    job = Job(command, options.ranks, options.prefix, options.keep_going)
     signal.signal(signal.SIGTERM, _raise_exit)
     try:
         job.start()
@@ -73,10 +78,11 @@ def _raise_exit(number: int, frame: FrameType | None) -> None:
 class Job:
     """The ranks of one `xccl run`, their output and their end."""
 
-    def __init__(self, command: list[str], size: int, prefix: bool) -> None:
+    def __init__(self, command: list[str], size: int, prefix: bool, keep_going: bool = False) -> None:
         self.command = command
         self.size = size
         self.prefix = prefix
+        self.keep_going = keep_going
         self.processes: list[subprocess.Popen[bytes]] = []
         self.selector = selectors.DefaultSelector()
         self.pidfds: list[int] = []
@@ -117,7 +123,9 @@ class Job:
             for rank in self.turn(deadline):
                 unseen.remove(rank)
                 code = self.processes[rank].wait()
-                if code != 0:
+                if code < 0 and self.keep_going:
+                    self.say(f"{self.describe_end(rank, code)}; the others go on")
+                elif code != 0:
                     return self.fail(rank, code)
         self.drain()
         return 0
@@ -153,18 +161,21 @@ class Job:
                     pass
                 key.data.flush()
 
+    def describe_end(self, rank: int, code: int) -> str:
+        """ "rank 2 (pid 123) was killed by SIGKILL in operation 118 (combine), phase 1"."""
+        end = f"rank {rank} (pid {self.processes[rank].pid}) {describe_exit(code)}"
+        return f"{end} in {self.observer.describe(rank)}" if code < 0 else end
+
     def fail(self, rank: int, code: int) -> int:
         """Ends all because `rank` ended with `code`; says who failed first."""
-        end = f"rank {rank} (pid {self.processes[rank].pid}) {describe_exit(code)}"
-        if code < 0:
-            end += f" in {self.observer.describe(rank)}"
+        end = self.describe_end(rank, code)
         aborted = self.observer.aborted_by()
         self.end(end)
         if aborted is not None and aborted[0] >= 0:
             # the rank that raised has shown its traceback; ranks that followed it may have ended before it
             rank = aborted[0]
             code = self.processes[rank].poll() or code
-            end = f"rank {rank} (pid {self.processes[rank].pid}) {describe_exit(code)}"
+            end = self.describe_end(rank, code)
         self.say(f"{end}; ended all ranks")
         return code if code > 0 else 128 - code
 

@@ -51,6 +51,7 @@ class Communicator(AddressSpace, PointToPoint, Collectives):
         self._entry = entry.Comm(int(ffi.cast("uintptr_t", handle)))
         self.rank = int(lib.xccl_comm_rank(handle))
         self.size = int(lib.xccl_comm_size(handle))
+        self._survivors: Communicator | None = None  # made of this one by shrink
         self._discard = weakref.finalize(self, _discard, world, handle)
 
     def split(self, color: int | None, key: int = 0, *, timeout: float | None = None) -> Communicator | None:
@@ -63,6 +64,27 @@ class Communicator(AddressSpace, PointToPoint, Collectives):
         out = ffi.new("xccl_comm_t **")
         check(lib.xccl_comm_split(self._handle(), -1 if color is None else color, key, timeout_ns(timeout), out))
         return None if out[0] == ffi.NULL else Communicator(self._world, out[0], self)
+
+    def shrink(self, *, timeout: float | None = None) -> Communicator:
+        """Makes a communicator of the members that live, in the old order, after some were lost.
+
+        To be called by all survivors once a call raised XcclPeerLost; they get the same members, even if more die
+        meanwhile. This communicator is closed by it: its pending requests are dropped, its symmetric arrays stay
+        valid on the survivors; closing it again closes the new one. Later deaths raise XcclPeerLost again. Ranks
+        survive the death of others only where the launcher lets them: `xccl run --keep-going`,
+        `xccl.run(..., keep_going=True)`.
+
+        Raises XcclTimeout naming the members that neither came nor died (the call may then be repeated),
+        XcclPeerLost if more than 64 deaths follow each other in the call.
+        """
+        out = ffi.new("xccl_comm_t **")
+        check(lib.xccl_comm_shrink(self._handle(), timeout_ns(timeout), out))
+        survivors = Communicator(self._world, out[0], self._parent)
+        self._discard()
+        self._entry.close()
+        self._c = None
+        self._survivors = survivors
+        return survivors
 
     def prepare(self, operation: str, *args: Any, **keywords: Any) -> Prepared:
         """Checks an operation's arguments once; calling the result runs it on the same arrays again and again.
@@ -85,6 +107,8 @@ class Communicator(AddressSpace, PointToPoint, Collectives):
         Raises XcclUsageError, and stays open, if a receive is still pending or messages that have arrived were never
         received: nothing is dropped in silence. Drop the request or receive them, and close again.
         """
+        if self._survivors is not None:
+            self._survivors.close(timeout=timeout)
         if self._c is None:
             return
         self._abandon_requests()

@@ -59,7 +59,12 @@ def describe_exit(code: int) -> str:
 
 
 def run(
-    fn: Callable[..., Any], nranks: int, *args: Any, timeout: float | None = None, logs: str | Path | None = None
+    fn: Callable[..., Any],
+    nranks: int,
+    *args: Any,
+    timeout: float | None = None,
+    logs: str | Path | None = None,
+    keep_going: bool = False,
 ) -> list[Any]:
     """Runs `fn(comm, *args)` on `nranks` ranks, forked from this process, and returns their results by rank.
 
@@ -71,6 +76,9 @@ def run(
         Seconds after which all ranks are ended and XcclTimeout is raised.
     logs : path, optional
         Directory that gets each rank's output as rank-<r>.log; without it ranks write to this process's output.
+    keep_going
+        A rank that dies does not end the others, which may go on with `comm.shrink()`. Its place in the result holds
+        the XcclPeerLost that is raised otherwise.
 
     Raises
     ------
@@ -96,7 +104,7 @@ def run(
             process.start()
             theirs.close()
             ranks.append(_Rank(rank, process, ours))
-        return _collect(ranks, observer, None if timeout is None else time.monotonic() + timeout, timeout)
+        return _collect(ranks, observer, None if timeout is None else time.monotonic() + timeout, timeout, keep_going)
     finally:
         _end(ranks)
         observer.close()
@@ -176,14 +184,20 @@ def _redirect_output(path: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
-def _collect(ranks: list[_Rank], observer: Observer, deadline: float | None, timeout: float | None) -> list[Any]:
+def _collect(
+    ranks: list[_Rank], observer: Observer, deadline: float | None, timeout: float | None, keep_going: bool
+) -> list[Any]:
     """Waits for all outcomes; raises for the rank that failed first."""
     for _ in _arrivals(ranks, deadline):
         died = [r for r in ranks if r.outcome is None and not r.process.is_alive()]
         for rank in died:
             rank.receive()
             if rank.outcome is None:
-                _raise_lost(rank, observer)
+                lost = _loss(rank, observer)
+                if not keep_going:
+                    observer.abort(lost)
+                    raise XcclPeerLost(f"xccl.run: {lost}; the other ranks were ended")
+                rank.outcome = (True, XcclPeerLost(f"xccl.run: {lost}"))
         failed = [r for r in ranks if r.outcome is not None and not r.outcome[0]]
         if failed:
             _await_end(ranks)
@@ -208,12 +222,11 @@ def _arrivals(ranks: list[_Rank], deadline: float | None) -> Iterator[None]:
         yield
 
 
-def _raise_lost(rank: _Rank, observer: Observer) -> None:
+def _loss(rank: _Rank, observer: Observer) -> str:
+    """What became of a rank that ended without an outcome."""
     rank.process.join()
     end = describe_exit(rank.process.exitcode)
-    what = f"rank {rank.rank} (pid {rank.process.pid}) {end} in {observer.describe(rank.rank)}"
-    observer.abort(what)
-    raise XcclPeerLost(f"xccl.run: {what}; the other ranks were ended")
+    return f"rank {rank.rank} (pid {rank.process.pid}) {end} in {observer.describe(rank.rank)}"
 
 
 def _raise_failure(failed: list[_Rank]) -> None:
