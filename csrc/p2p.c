@@ -163,7 +163,7 @@ static bool describe_send(const xccl_request_t *send, int index, char *what, siz
              (unsigned long long)send->bytes, (long long)send->tag);
     *out = (xccl_awaited_t){.peer = p2p->comm->ranks[send->peer], .expected = 1, .what = what};
     if (!published) {
-        out->expected = ring->head + 1 - ring->shape.blocks;
+        out->expected = ring->cached_tail + 1;
         out->seen = ring->cached_tail;
     }
     return true;

@@ -1,7 +1,7 @@
 /* p2p.h - send and receive (p2p layer; internal part).
  *
  * The protocol of the xDeepServe paper, section 3.1. Each ordered pair of members has a ring (ring.h) in the
- * destination's window: its lines are metadata fields, its blocks the managed data area. The sender's metadata
+ * destination's window: its lines are metadata fields, its data is managed data area. The sender's metadata
  * area holds the tail word of each of its rings and the acknowledgements. The eight steps of a chunk:
  *
  *     sender                                        receiver
@@ -11,16 +11,16 @@
  *                                                   4 poll the own metadata area
  *                                                   5 read the chunk from the own managed area
  *                                                   6 write it to the app data area
- *                                                   7 hand the slot back: tail pointer to the sender's metadata
+ *                                                   7 hand the place back: tail pointer to the sender's metadata
  *                                                   8 acknowledge the message in the sender's metadata area
  *
- * The blocks of a ring are the paper's ping-pong buffers: the receiver hands them back by halves, so that copying
+ * The data of a ring is the paper's ping-pong buffers: the receiver hands it back by quarters, so that copying
  * in (1-3) and copying out (4-7) overlap. Step 8 is done when the sender asked for it: in sync mode, and for
  * zero-copy. The event id is the tag.
  *
  * A message takes one of three ways:
  *   inline   up to XCCL_P2P_INLINE_BYTES travel in the field itself
- *   chunks   through the blocks, as above
+ *   chunks   through the data area, as above
  *   offer    zero-copy: the sender's buffer is symmetric and large; only its place travels, and the receiver copies
  *            once, from the sender's window, and acknowledges
  *
@@ -44,17 +44,18 @@ enum {
 /* ---- what travels ---- */
 
 typedef enum xccl_p2p_kind_t {
-    XCCL_P2P_INLINE = 1, /* a whole message */
-    XCCL_P2P_FIRST = 2,  /* the first chunk of a message */
-    XCCL_P2P_CHUNK = 3,  /* a further one */
-    XCCL_P2P_OFFER = 4,  /* a whole message, in the sender's window */
-    XCCL_P2P_CANCEL = 5  /* the message whose chunks came last ends here: forget it */
+    XCCL_P2P_INLINE = 1,      /* a whole message */
+    XCCL_P2P_FIRST = 2,       /* the first chunk of a message */
+    XCCL_P2P_CHUNK = 3,       /* a further one */
+    XCCL_P2P_OFFER = 4,       /* a whole message, in the sender's window */
+    XCCL_P2P_CANCEL = 5,      /* the message whose chunks came last ends here: forget it */
+    XCCL_P2P_HAND_BACK = 0x80 /* added to FIRST or CHUNK: step 7 is due behind it */
 } xccl_p2p_kind_t;
 
 /*   content of a ring line
  *   0          8                16
  *   | event_id | kind and bytes | payload (40 bytes)                     |   inline
- *                               | chunk_id | offset | ack | number | ... |   the others
+ *                               | chunk_id | offset | ack | number | len |   the others
  */
 typedef struct xccl_p2p_field_t {
     int64_t event_id;        /* the tag */
@@ -63,13 +64,24 @@ typedef struct xccl_p2p_field_t {
         unsigned char payload[XCCL_P2P_INLINE_BYTES];
         struct {
             uint64_t chunk_id;
-            uint64_t offset; /* offer: of the data, in the sender's window */
+            uint64_t offset; /* of the data: chunk: in the data area of the ring; offer: in the sender's window */
             uint64_t ack;    /* index of the acknowledgement line + 1, 0: none wanted */
             uint64_t number; /* of the message, unique for its sender */
+            uint64_t length; /* of the chunk */
         } at;
     } body;
 } xccl_p2p_field_t;
 _Static_assert(sizeof(xccl_p2p_field_t) == XCCL_RING_CONTENT_BYTES, "a field is the content of a line");
+
+static inline xccl_p2p_kind_t xccl_p2p_kind_of(const xccl_p2p_field_t *field) {
+    return (xccl_p2p_kind_t)(field->kind_and_bytes & 0x7f);
+}
+static inline bool xccl_p2p_hands_back(const xccl_p2p_field_t *field) {
+    return field->kind_and_bytes & XCCL_P2P_HAND_BACK;
+}
+static inline uint64_t xccl_p2p_bytes_of(const xccl_p2p_field_t *field) {
+    return field->kind_and_bytes >> 8;
+}
 
 /* Copies up to XCCL_P2P_INLINE_BYTES; a call of memcpy would take as long as the copy. */
 static inline void xccl_p2p_copy_inline(void *to, const void *from, uint64_t bytes) {
@@ -152,7 +164,7 @@ typedef struct xccl_unexpected_t {
 typedef struct xccl_p2p_outgoing_t {
     xccl_ring_producer_t ring;
     xccl_request_list_t queue; /* sends not yet published in full, in order */
-    uint64_t *reserved;        /* per block: bytes whose pages are reserved */
+    uint64_t reserved;         /* bytes of the data area whose pages are reserved */
 } xccl_p2p_outgoing_t;
 
 typedef struct xccl_p2p_incoming_t {
@@ -174,11 +186,11 @@ struct xccl_p2p_t {
     xccl_comm_t *comm;
     xccl_world_t *world;
     uint64_t fields_at; /* metadata block: lines of all sources, then tails of all destinations */
-    uint64_t blocks_at; /* managed block: ring blocks of all sources */
+    uint64_t data_at;   /* managed block: ring data of all sources */
     uint64_t acks_at;   /* metadata block: acknowledgement lines */
     xccl_p2p_outgoing_t *outgoing;
     xccl_p2p_incoming_t *incoming;
-    uint64_t *reserved;
+    uint64_t *ends;               /* of all outgoing rings */
     xccl_request_list_t posted;   /* receives not yet matched, in posting order */
     xccl_request_list_t awaiting; /* sends that await their acknowledgement */
     uint64_t wanted_any;          /* posted receives of any source */
@@ -193,11 +205,6 @@ struct xccl_p2p_t {
     int64_t next_look_ns; /* when test looks for dead peers again */
     char *failure;        /* of the first abandoned request that failed: close reports it */
 };
-
-/* Bytes of a chunk of a message, the same on both sides. */
-static inline uint64_t xccl_p2p_chunk_bytes(const xccl_ring_shape_t *shape) {
-    return shape->block_bytes;
-}
 
 /* Offset of an acknowledgement line in the window of its sender. */
 static inline uint64_t xccl_p2p_ack_offset(const xccl_p2p_t *p2p, uint64_t ack) {

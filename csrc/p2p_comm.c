@@ -16,18 +16,18 @@ static int64_t time_left(int64_t deadline) {
 
 /* ---- open ---- */
 
+enum { LEAST_DATA = 4 * XCCL_LINE }; /* the unit of a ring's data: a quarter of it is whole lines */
+
 /* Ring from member `from` to member `to`. */
 static xccl_ring_shape_t shape_of(const xccl_p2p_t *p2p, int from, int to) {
     const xccl_config_t *config = &p2p->world->header->config;
     uint64_t size = (uint64_t)p2p->comm->size;
-    uint64_t lines = size > XCCL_P2P_LINES ? XCCL_P2P_LINES_MANY : XCCL_P2P_LINES;
     xccl_ring_shape_t shape = {
-        .lines = lines > config->p2p_slots ? lines : config->p2p_slots,
-        .blocks = config->p2p_slots,
-        .block_bytes = (config->p2p_slot_bytes + XCCL_LINE - 1) / XCCL_LINE * XCCL_LINE,
+        .lines = size > XCCL_P2P_LINES ? XCCL_P2P_LINES_MANY : XCCL_P2P_LINES,
+        .data_bytes = (config->p2p_slot_bytes * config->p2p_slots + LEAST_DATA - 1) / LEAST_DATA * LEAST_DATA,
     };
     shape.lines_at = p2p->fields_at + (uint64_t)from * shape.lines * sizeof(xccl_ring_line_t);
-    shape.blocks_at = p2p->blocks_at + (uint64_t)from * shape.blocks * shape.block_bytes;
+    shape.data_at = p2p->data_at + (uint64_t)from * shape.data_bytes;
     shape.tail_at = p2p->fields_at + size * shape.lines * sizeof(xccl_ring_line_t) + (uint64_t)to * XCCL_LINE;
     return shape;
 }
@@ -43,8 +43,8 @@ static int allocate(xccl_p2p_t *p2p, int64_t deadline) {
         status = xccl_heap_alloc(p2p->comm, XCCL_AREA_META, (uint64_t)XCCL_P2P_MAX_ACKS * XCCL_LINE,
                                  XCCL_HEAP_ADDRESS_ONLY, TAG, time_left(deadline), &p2p->acks_at);
     if (status == XCCL_OK)
-        status = xccl_heap_alloc(p2p->comm, XCCL_AREA_MANAGED, size * shape.blocks * shape.block_bytes,
-                                 XCCL_HEAP_ADDRESS_ONLY, TAG, time_left(deadline), &p2p->blocks_at);
+        status = xccl_heap_alloc(p2p->comm, XCCL_AREA_MANAGED, size * shape.data_bytes, XCCL_HEAP_ADDRESS_ONLY, TAG,
+                                 time_left(deadline), &p2p->data_at);
     return status;
 }
 
@@ -52,8 +52,9 @@ static void open_rings(xccl_p2p_t *p2p) {
     const xccl_comm_t *comm = p2p->comm;
     for (int pe = 0; pe < comm->size; pe++) {
         xccl_p2p_outgoing_t *out = &p2p->outgoing[pe];
-        xccl_ring_open_producer(&out->ring, p2p->world, shape_of(p2p, comm->rank, pe), comm->ranks[pe], 0);
-        out->reserved = &p2p->reserved[(uint64_t)pe * out->ring.shape.blocks];
+        xccl_ring_shape_t shape = shape_of(p2p, comm->rank, pe);
+        xccl_ring_open_producer(&out->ring, p2p->world, shape, comm->ranks[pe], &p2p->ends[(uint64_t)pe * shape.lines],
+                                0);
         p2p->incoming[pe].source = pe;
         xccl_ring_open_consumer(&p2p->incoming[pe].ring, p2p->world, shape_of(p2p, pe, comm->rank), comm->ranks[pe], 0);
     }
@@ -69,9 +70,9 @@ int xccl_p2p_open(xccl_comm_t *comm, int64_t deadline) {
     p2p->world = comm->world;
     p2p->outgoing = calloc(size, sizeof *p2p->outgoing);
     p2p->incoming = calloc(size, sizeof *p2p->incoming);
-    p2p->reserved = calloc(size * comm->world->header->config.p2p_slots, sizeof *p2p->reserved);
+    p2p->ends = calloc(size * shape_of(p2p, 0, 0).lines, sizeof *p2p->ends);
     int status = XCCL_OK;
-    if (!p2p->outgoing || !p2p->incoming || !p2p->reserved)
+    if (!p2p->outgoing || !p2p->incoming || !p2p->ends)
         status = xccl_fail(XCCL_ERR_MEMORY, "no memory for send/receive with %d ranks", comm->size);
     if (status == XCCL_OK)
         status = allocate(p2p, deadline);
@@ -189,7 +190,7 @@ static int free_blocks(xccl_p2p_t *p2p, int64_t deadline) {
     if (status == XCCL_OK)
         status = xccl_heap_free(p2p->comm, XCCL_AREA_META, p2p->acks_at, time_left(deadline));
     if (status == XCCL_OK)
-        status = xccl_heap_free(p2p->comm, XCCL_AREA_MANAGED, p2p->blocks_at, time_left(deadline));
+        status = xccl_heap_free(p2p->comm, XCCL_AREA_MANAGED, p2p->data_at, time_left(deadline));
     return status;
 }
 
@@ -237,7 +238,7 @@ void xccl_p2p_discard(xccl_comm_t *comm) {
     }
     free(p2p->outgoing);
     free(p2p->incoming);
-    free(p2p->reserved);
+    free(p2p->ends);
     free(p2p->free_acks);
     free(p2p->failure);
     free(p2p);

@@ -195,7 +195,7 @@ typedef struct probe_t {
 } probe_t;
 
 static bool is_message(const xccl_p2p_field_t *field) {
-    uint64_t kind = field->kind_and_bytes & 0xff;
+    xccl_p2p_kind_t kind = xccl_p2p_kind_of(field);
     return kind == XCCL_P2P_INLINE || kind == XCCL_P2P_FIRST || kind == XCCL_P2P_OFFER;
 }
 
@@ -211,7 +211,7 @@ static bool is_for_probe(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, c
     if (in->assembling || !is_message(field) || !tag_fits(tag, field->event_id) ||
         is_posted_for(p2p, in->source, field->event_id))
         return false;
-    return (field->kind_and_bytes & 0xff) != XCCL_P2P_OFFER ||
+    return xccl_p2p_kind_of(field) != XCCL_P2P_OFFER ||
            xccl_p2p_offer_lives(p2p, in->source, field->body.at.ack, field->body.at.number);
 }
 
@@ -227,7 +227,7 @@ static bool probe_source(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, probe_t *prob
         if (!field)
             return false;
         if (is_for_probe(p2p, in, field, probe->tag)) {
-            probe->found = (xccl_message_t){in->source, field->event_id, field->kind_and_bytes >> 8};
+            probe->found = (xccl_message_t){in->source, field->event_id, xccl_p2p_bytes_of(field)};
             return true;
         }
         probe->status = xccl_p2p_pull(p2p, in, true);
@@ -304,7 +304,7 @@ uint64_t xccl_p2p_describe_unreceived(xccl_p2p_t *p2p, char *text, size_t text_b
                 describe(text, text_bytes, &count, source, message->tag, message->bytes);
         const xccl_p2p_field_t *field = in->assembling ? NULL : xccl_ring_peek(&in->ring);
         if (field && is_message(field))
-            describe(text, text_bytes, &count, source, field->event_id, field->kind_and_bytes >> 8);
+            describe(text, text_bytes, &count, source, field->event_id, xccl_p2p_bytes_of(field));
     }
     return count;
 }

@@ -9,14 +9,6 @@ static int corrupt(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const c
                      in->source, (unsigned long long)in->ring.tail, what);
 }
 
-static xccl_p2p_kind_t kind_of(const xccl_p2p_field_t *field) {
-    return (xccl_p2p_kind_t)(field->kind_and_bytes & 0xff);
-}
-
-static uint64_t bytes_of(const xccl_p2p_field_t *field) {
-    return field->kind_and_bytes >> 8;
-}
-
 /* ---- acknowledging ---- */
 
 /* Step 8, if the sender wants it. */
@@ -54,7 +46,7 @@ static bool take_offer(xccl_p2p_t *p2p, int source, uint64_t offset, uint64_t ac
 }
 
 static bool offer_is_sound(const xccl_p2p_t *p2p, const xccl_p2p_field_t *field) {
-    uint64_t stride = p2p->world->stride, bytes = bytes_of(field);
+    uint64_t stride = p2p->world->stride, bytes = xccl_p2p_bytes_of(field);
     return bytes <= stride && field->body.at.offset <= stride - bytes && field->body.at.ack > 0 &&
            field->body.at.ack <= XCCL_P2P_MAX_ACKS;
 }
@@ -71,23 +63,28 @@ static void end_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in) {
 static void begin_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
     in->assembling = true;
     in->tag = field->event_id;
-    in->bytes = bytes_of(field);
+    in->bytes = xccl_p2p_bytes_of(field);
     in->received = 0;
     in->ack = field->body.at.ack;
     in->number = field->body.at.number;
     p2p->num_assembling++;
 }
 
+/* The chunk lies in the data area, and is not more than what is missing. */
+static bool chunk_is_sound(const xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field, uint64_t missing) {
+    uint64_t data_bytes = in->ring.shape.data_bytes, length = field->body.at.length;
+    return length <= missing && (length > 0 || missing == 0) && length <= data_bytes &&
+           field->body.at.offset <= data_bytes - length;
+}
+
 /* Steps 5 to 8 of the chunk that is next in the ring. */
-static void take_chunk(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in) {
-    uint64_t left = in->bytes - in->received;
-    uint64_t most = xccl_p2p_chunk_bytes(&in->ring.shape);
-    uint64_t chunk = left < most ? left : most;
+static void take_chunk(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
+    uint64_t chunk = field->body.at.length;
     /* steps 5 and 6: from the own managed area to the app data area */
     if (chunk > 0)
-        memcpy(in->target + in->received, xccl_ring_block(&in->ring), chunk);
-    /* step 7: the slot goes back to the sender */
-    xccl_ring_consume(&in->ring);
+        memcpy(in->target + in->received, in->ring.data + field->body.at.offset, chunk);
+    /* step 7: the place goes back to the sender */
+    xccl_ring_consume(&in->ring, xccl_p2p_hands_back(field));
     in->received += chunk;
     if (in->received < in->bytes)
         return;
@@ -104,7 +101,7 @@ static void take_chunk(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in) {
 static void take_cancel(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in) {
     xccl_request_t *receive = in->request;
     xccl_unexpected_t *message = in->message;
-    xccl_ring_consume(&in->ring);
+    xccl_ring_consume(&in->ring, false);
     end_assembly(p2p, in);
     if (message) {
         xccl_p2p_unkeep(in, message);
@@ -115,11 +112,12 @@ static void take_cancel(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in) {
 }
 
 static int continue_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
-    xccl_p2p_kind_t kind = kind_of(field);
+    xccl_p2p_kind_t kind = xccl_p2p_kind_of(field);
     if (kind == XCCL_P2P_CANCEL)
         take_cancel(p2p, in);
-    else if (kind == XCCL_P2P_CHUNK && bytes_of(field) == in->bytes)
-        take_chunk(p2p, in);
+    else if (kind == XCCL_P2P_CHUNK && xccl_p2p_bytes_of(field) == in->bytes &&
+             chunk_is_sound(in, field, in->bytes - in->received))
+        take_chunk(p2p, in, field);
     else
         return corrupt(p2p, in, "the next chunk of a message was due");
     return XCCL_OK;
@@ -129,15 +127,15 @@ static int continue_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xcc
 
 static void deliver(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field, xccl_request_t *receive) {
     xccl_p2p_field_t copy = *field;
-    switch (kind_of(field)) {
+    switch (xccl_p2p_kind_of(field)) {
     case XCCL_P2P_INLINE:
         xccl_p2p_copy_inline(receive->buffer, field->body.payload, receive->bytes);
-        xccl_ring_consume(&in->ring);
+        xccl_ring_consume(&in->ring, false);
         xccl_p2p_unpost(receive);
         complete_receive(receive, in->source, copy.event_id, receive->bytes);
         return;
     case XCCL_P2P_OFFER:
-        xccl_ring_consume(&in->ring);
+        xccl_ring_consume(&in->ring, false);
         if (!take_offer(p2p, in->source, copy.body.at.offset, copy.body.at.ack, copy.body.at.number, receive))
             return;
         xccl_p2p_unpost(receive);
@@ -148,14 +146,14 @@ static void deliver(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_fie
         begin_assembly(p2p, in, field);
         in->request = receive;
         in->target = receive->buffer;
-        take_chunk(p2p, in);
+        take_chunk(p2p, in, field);
     }
 }
 
 /* Moves the message to the unexpected queue. */
 static int keep(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
-    bool is_offer = kind_of(field) == XCCL_P2P_OFFER;
-    uint64_t bytes = bytes_of(field);
+    bool is_offer = xccl_p2p_kind_of(field) == XCCL_P2P_OFFER;
+    uint64_t bytes = xccl_p2p_bytes_of(field);
     xccl_unexpected_t *message = xccl_p2p_keep(in, field->event_id, bytes, is_offer ? 0 : bytes);
     if (!message)
         return xccl_fail(
@@ -163,9 +161,9 @@ static int keep(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t
             "rank %d: no memory to set aside a message of %llu bytes from rank %d with tag %lld, which nobody "
             "has asked for yet; it stays queued",
             p2p->comm->rank, (unsigned long long)bytes, in->source, (long long)field->event_id);
-    if (kind_of(field) == XCCL_P2P_INLINE) {
+    if (xccl_p2p_kind_of(field) == XCCL_P2P_INLINE) {
         memcpy(message->data, field->body.payload, bytes);
-        xccl_ring_consume(&in->ring);
+        xccl_ring_consume(&in->ring, false);
         return XCCL_OK;
     }
     message->is_offer = is_offer;
@@ -173,21 +171,23 @@ static int keep(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t
     message->ack = field->body.at.ack;
     message->number = field->body.at.number;
     if (is_offer) {
-        xccl_ring_consume(&in->ring);
+        xccl_ring_consume(&in->ring, false);
         return XCCL_OK;
     }
     begin_assembly(p2p, in, field);
     in->message = message;
     in->target = message->data;
-    take_chunk(p2p, in);
+    take_chunk(p2p, in, field);
     return XCCL_OK;
 }
 
 static int check_field(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
-    switch (kind_of(field)) {
+    switch (xccl_p2p_kind_of(field)) {
     case XCCL_P2P_INLINE:
-        return bytes_of(field) <= XCCL_P2P_INLINE_BYTES ? XCCL_OK : corrupt(p2p, in, "too long for its field");
+        return xccl_p2p_bytes_of(field) <= XCCL_P2P_INLINE_BYTES ? XCCL_OK : corrupt(p2p, in, "too long for its field");
     case XCCL_P2P_FIRST:
+        if (!chunk_is_sound(in, field, xccl_p2p_bytes_of(field)))
+            return corrupt(p2p, in, "a chunk outside the data area");
         return field->body.at.ack <= XCCL_P2P_MAX_ACKS ? XCCL_OK : corrupt(p2p, in, "no such acknowledgement line");
     case XCCL_P2P_OFFER:
         return offer_is_sound(p2p, field) ? XCCL_OK : corrupt(p2p, in, "an offer outside the window");
@@ -206,7 +206,7 @@ static int take_message(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p
     int status = check_field(p2p, in, field);
     if (status != XCCL_OK)
         return status;
-    xccl_request_t *receive = xccl_p2p_match(p2p, in->source, field->event_id, bytes_of(field));
+    xccl_request_t *receive = xccl_p2p_match(p2p, in->source, field->event_id, xccl_p2p_bytes_of(field));
     if (receive)
         deliver(p2p, in, field, receive);
     else if (drain || is_wanted(p2p, in)) /* asked again: receives with another size have failed */
@@ -329,22 +329,22 @@ static bool only_ring_serves(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *i
 static bool receive_at_once(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buffer, uint64_t bytes, int64_t tag,
                             xccl_message_t *out) {
     const xccl_p2p_field_t *field = xccl_ring_peek(&in->ring);
-    if (!field || bytes_of(field) != bytes || (tag != XCCL_ANY_TAG && tag != field->event_id))
+    if (!field || xccl_p2p_bytes_of(field) != bytes || (tag != XCCL_ANY_TAG && tag != field->event_id))
         return false;
-    uint64_t ack = 0, number = 0;
-    if (kind_of(field) == XCCL_P2P_INLINE && bytes <= XCCL_P2P_INLINE_BYTES) {
+    if (xccl_p2p_kind_of(field) == XCCL_P2P_INLINE && bytes <= XCCL_P2P_INLINE_BYTES) {
+        *out = (xccl_message_t){in->source, field->event_id, bytes};
         xccl_p2p_copy_inline(buffer, field->body.payload, bytes);
-    } else if (kind_of(field) == XCCL_P2P_FIRST && bytes <= xccl_p2p_chunk_bytes(&in->ring.shape) &&
-               field->body.at.ack <= XCCL_P2P_MAX_ACKS) {
-        if (bytes > 0)
-            memcpy(buffer, xccl_ring_block(&in->ring), bytes);
-        ack = field->body.at.ack;
-        number = field->body.at.number;
-    } else {
-        return false;
+        xccl_ring_consume(&in->ring, false);
+        return true;
     }
+    if (xccl_p2p_kind_of(field) != XCCL_P2P_FIRST || field->body.at.length != bytes ||
+        !chunk_is_sound(in, field, bytes) || field->body.at.ack > XCCL_P2P_MAX_ACKS)
+        return false;
     *out = (xccl_message_t){in->source, field->event_id, bytes};
-    xccl_ring_consume(&in->ring);
+    uint64_t ack = field->body.at.ack, number = field->body.at.number;
+    if (bytes > 0)
+        memcpy(buffer, in->ring.data + field->body.at.offset, bytes);
+    xccl_ring_consume(&in->ring, xccl_p2p_hands_back(field));
     acknowledge(p2p, in->source, ack, number);
     return true;
 }

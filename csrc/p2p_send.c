@@ -53,45 +53,71 @@ static void return_ack(xccl_request_t *send) {
 
 /* ---- publishing ---- */
 
-/* Reserves the pages of `needed` bytes of the block that the position `ahead` of the next one will use. */
-static int reserve_block(xccl_p2p_t *p2p, xccl_p2p_outgoing_t *out, uint64_t ahead, uint64_t needed) {
-    const xccl_ring_shape_t *shape = &out->ring.shape;
-    uint64_t offset = xccl_ring_block_offset(&out->ring, ahead);
-    uint64_t *reserved = &out->reserved[(out->ring.head + ahead) & (shape->blocks - 1)];
-    if (*reserved >= needed)
+/* Reserves the pages of all data that the message will use first, so that it cannot fail halfway. Short of memory, the
+ * ring goes around in what it has. */
+static int reserve(xccl_p2p_t *p2p, xccl_p2p_outgoing_t *out, uint64_t bytes) {
+    enum { LEAST_RING = 64 << 10 };
+    xccl_ring_producer_t *ring = &out->ring;
+    uint64_t needed = bytes < ring->limit - ring->offset ? ring->offset + bytes : ring->limit;
+    if (needed <= out->reserved)
         return XCCL_OK;
     uint64_t length = XCCL_PAGE;
     while (length < needed)
         length *= 2; /* few system calls while sizes grow */
-    if (length > shape->block_bytes)
-        length = shape->block_bytes;
-    int status = xccl_heap_commit_at(p2p->world, out->ring.consumer, offset, length);
-    if (status == XCCL_OK)
-        *reserved = length;
-    return status;
-}
-
-/* Reserves the pages of all blocks that the message will use first, so that it cannot fail halfway. */
-static int reserve_blocks(xccl_p2p_t *p2p, xccl_p2p_outgoing_t *out, uint64_t bytes) {
-    uint64_t chunk = xccl_p2p_chunk_bytes(&out->ring.shape);
-    int status = XCCL_OK;
-    for (uint64_t ahead = 0; status == XCCL_OK && ahead < out->ring.shape.blocks && ahead * chunk < bytes; ahead++) {
-        uint64_t left = bytes - ahead * chunk;
-        status = reserve_block(p2p, out, ahead, left < chunk ? left : chunk);
+    if (length > ring->limit)
+        length = ring->limit;
+    uint64_t start = ring->shape.data_at + out->reserved;
+    int status = xccl_heap_commit_at(p2p->world, ring->consumer, start, length - out->reserved);
+    if (status == XCCL_ERR_MEMORY && out->reserved >= LEAST_RING) {
+        xccl_ring_limit(ring, out->reserved);
+        return XCCL_OK;
     }
+    if (status == XCCL_OK)
+        out->reserved = length;
     return status;
 }
 
-/* Publishes a field of any kind but INLINE, whose block is filled. */
+/* Bytes of the chunks of a message. Eight of them, so that the copy in of all but the first overlaps with the copy out
+ * of all but the last; not below 4 KiB, whose copy takes about as long as passing a line. */
+static uint64_t chunk_bytes(const xccl_p2p_t *p2p, const xccl_p2p_outgoing_t *out, uint64_t bytes) {
+    enum { CHUNKS = 8, LEAST = 4096 };
+    uint64_t most = p2p->world->header->config.p2p_slot_bytes;
+    if (most > out->ring.limit / 4)
+        most = out->ring.limit / 4;
+    uint64_t chunk = bytes / CHUNKS < LEAST ? LEAST : bytes / CHUNKS;
+    return (chunk < most ? chunk : most) / XCCL_LINE * XCCL_LINE;
+}
+
+/* Publishes a field of any kind but INLINE and those with a piece of data. */
 static void publish_field(xccl_p2p_outgoing_t *out, const xccl_request_t *send, xccl_p2p_kind_t kind) {
     xccl_p2p_field_t *field = xccl_ring_content(&out->ring);
     field->event_id = send->tag;
     field->kind_and_bytes = send->bytes << 8 | (uint64_t)kind;
-    field->body.at.chunk_id = send->chunks;
     field->body.at.offset = send->offset;
     field->body.at.ack = send->ack;
     field->body.at.number = send->number;
     xccl_ring_publish(&out->ring);
+}
+
+/* Steps 1 to 3 for the next `length` bytes of the message, for which there is room. */
+static void publish_chunk(xccl_p2p_outgoing_t *out, const xccl_request_t *send, uint64_t length) {
+    xccl_ring_producer_t *ring = &out->ring;
+    bool hand_back;
+    uint64_t piece = xccl_ring_take_piece(ring, length, &hand_back);
+    /* steps 1 and 2: from the app data area to the receiver's managed area */
+    if (length > 0)
+        xccl_gas_put_at(ring->world, ring->consumer, ring->shape.data_at + piece, send->buffer + send->moved, length);
+    /* step 3: event id and chunk id to the receiver's metadata area; moves count only after it (bug class 9) */
+    uint64_t kind = (send->chunks == 0 ? XCCL_P2P_FIRST : XCCL_P2P_CHUNK) | (hand_back ? XCCL_P2P_HAND_BACK : 0);
+    xccl_p2p_field_t *field = xccl_ring_content(ring);
+    field->event_id = send->tag;
+    field->kind_and_bytes = send->bytes << 8 | kind;
+    field->body.at.chunk_id = send->chunks;
+    field->body.at.offset = piece;
+    field->body.at.ack = send->ack;
+    field->body.at.number = send->number;
+    field->body.at.length = length;
+    xccl_ring_publish(ring);
 }
 
 static int publish_inline(xccl_p2p_outgoing_t *out, const void *buffer, uint64_t bytes, int64_t tag) {
@@ -115,31 +141,26 @@ static int publish_offer(xccl_p2p_outgoing_t *out, xccl_request_t *send) {
     return XCCL_OK;
 }
 
-/* Steps 1 to 3 for each chunk that has a free block. AGAIN: the ring is full, more later. */
+/* All chunks that there is room for. AGAIN: the ring is full, more later. */
 static int publish_chunks(xccl_p2p_outgoing_t *out, xccl_request_t *send) {
     xccl_p2p_t *p2p = send->p2p;
-    uint64_t most = xccl_p2p_chunk_bytes(&out->ring.shape);
-    int status = XCCL_OK;
-    if (!xccl_ring_has_block(&out->ring))
-        return XCCL_AGAIN;
     if (send->chunks == 0) {
-        status = reserve_blocks(p2p, out, send->bytes);
-        if (status == XCCL_OK && send->sync)
+        if (!xccl_ring_has_line(&out->ring))
+            return XCCL_AGAIN;
+        int status = reserve(p2p, out, send->bytes);
+        if (status == XCCL_OK && send->sync && send->ack == 0)
             status = take_ack(send);
         if (status != XCCL_OK)
             return status;
     }
+    uint64_t most = chunk_bytes(p2p, out, send->bytes);
     do {
-        if (!xccl_ring_has_block(&out->ring))
-            return XCCL_AGAIN;
         uint64_t left = send->bytes - send->moved;
-        uint64_t chunk = left < most ? left : most;
-        /* steps 1 and 2: from the app data area to the receiver's managed area */
-        xccl_gas_put_at(p2p->world, out->ring.consumer, xccl_ring_block_offset(&out->ring, 0),
-                        send->buffer + send->moved, chunk);
-        /* step 3: event id and chunk id to the receiver's metadata area; moves count only after it (bug class 9) */
-        publish_field(out, send, send->chunks == 0 ? XCCL_P2P_FIRST : XCCL_P2P_CHUNK);
-        send->moved += chunk;
+        uint64_t length = left < most ? left : most;
+        if (!xccl_ring_has_piece(&out->ring, length))
+            return XCCL_AGAIN;
+        publish_chunk(out, send, length);
+        send->moved += length;
         send->chunks++;
     } while (send->moved < send->bytes);
     return XCCL_OK;
@@ -296,20 +317,6 @@ static int check_send(const xccl_comm_t *comm, const char *operation, const void
     return status;
 }
 
-/* One chunk that does not fit its field. */
-static bool send_block(xccl_p2p_t *p2p, xccl_p2p_outgoing_t *out, const void *buffer, uint64_t bytes, int64_t tag) {
-    if (!xccl_ring_has_block(&out->ring) || reserve_block(p2p, out, 0, bytes) != XCCL_OK)
-        return false;
-    xccl_gas_put_at(p2p->world, out->ring.consumer, xccl_ring_block_offset(&out->ring, 0), buffer, bytes);
-    xccl_p2p_field_t *field = xccl_ring_content(&out->ring);
-    field->event_id = tag;
-    field->kind_and_bytes = bytes << 8 | XCCL_P2P_FIRST;
-    field->body.at.chunk_id = 0;
-    field->body.at.ack = 0;
-    xccl_ring_publish(&out->ring);
-    return true;
-}
-
 /* The common case without a request: nothing queued before it, and room for all of it. */
 static bool send_at_once(xccl_p2p_t *p2p, const void *buffer, uint64_t bytes, int dest, int64_t tag) {
     xccl_p2p_outgoing_t *out = &p2p->outgoing[dest];
@@ -318,8 +325,12 @@ static bool send_at_once(xccl_p2p_t *p2p, const void *buffer, uint64_t bytes, in
     if (bytes <= XCCL_P2P_INLINE_BYTES)
         return publish_inline(out, buffer, bytes, tag) == XCCL_OK;
     /* an offer needs a request, which awaits its acknowledgement */
-    return bytes <= xccl_p2p_chunk_bytes(&out->ring.shape) && bytes < p2p->world->header->config.p2p_slot_bytes &&
-           send_block(p2p, out, buffer, bytes, tag);
+    if (bytes > chunk_bytes(p2p, out, bytes) || bytes >= p2p->world->header->config.p2p_slot_bytes ||
+        reserve(p2p, out, bytes) != XCCL_OK || !xccl_ring_has_piece(&out->ring, bytes))
+        return false;
+    xccl_request_t send = {.tag = tag, .buffer = (unsigned char *)buffer, .bytes = bytes};
+    publish_chunk(out, &send, bytes);
+    return true;
 }
 
 int xccl_p2p_send(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int dest, int64_t tag, xccl_send_mode_t mode,

@@ -45,11 +45,27 @@ static void watch_forks(void) {
 
 /* ---- creation ---- */
 
+static uint64_t second_level_cache(void) {
+    long cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return cache < (256 << 10) || cache > (8 << 20) ? 1 << 20 : (uint64_t)cache;
+}
+
 /* A block is written by its owner and read by peers soon after: both blocks together fit the owner's second-level
  * cache, so that neither way goes through memory. */
 static uint64_t staging_block_bytes(void) {
-    long cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    return cache < (256 << 10) || cache > (8 << 20) ? 512 << 10 : (uint64_t)cache / 2;
+    return second_level_cache() / 2;
+}
+
+/* The rings of send/receive: twice the second-level cache (see ring.h), but together not more than 128 MiB unless that
+ * leaves less than half a cache for each. */
+static uint64_t ring_slots(const xccl_config_t *config) {
+    enum { ALL = 128 << 20 };
+    uint64_t cache = second_level_cache(), rings = (uint64_t)config->size * (uint64_t)config->size;
+    uint64_t slots = 4;
+    while (slots * config->p2p_slot_bytes < 2 * cache &&
+           (2 * slots * config->p2p_slot_bytes <= cache / 2 || 2 * slots * config->p2p_slot_bytes * rings <= ALL))
+        slots *= 2;
+    return slots;
 }
 
 static xccl_config_t with_defaults(const xccl_config_t *config) {
@@ -59,7 +75,7 @@ static xccl_config_t with_defaults(const xccl_config_t *config) {
     if (!c.p2p_slot_bytes)
         c.p2p_slot_bytes = 64 << 10;
     if (!c.p2p_slots)
-        c.p2p_slots = 8;
+        c.p2p_slots = ring_slots(&c);
     if (!c.coll_block_bytes)
         c.coll_block_bytes = staging_block_bytes();
     if (!c.cores)

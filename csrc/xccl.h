@@ -78,8 +78,9 @@ typedef struct xccl_config_t {
     int32_t size;            /* ranks of the world */
     int32_t cores;           /* cores that the ranks share [those of the creator] */
     uint64_t heap_bytes;     /* address space of the app data area, and of the managed one, per rank [64 GiB] */
-    uint64_t p2p_slot_bytes; /* payload of one ring slot of send/receive [64 KiB] */
-    uint64_t p2p_slots;      /* slots of a ring, a power of two [8] */
+    uint64_t p2p_slot_bytes; /* largest chunk of a message, and least one that a symmetric buffer is read in place for
+                                [64 KiB] */
+    uint64_t p2p_slots;      /* chunks that a ring of send/receive holds, a power of two [twice the L2 cache] */
     uint64_t
         coll_block_bytes;    /* a staging block of collectives on ordinary arrays; there are two [half the L2 cache] */
     uint64_t spin;           /* polls before a waiter yields [measured] */

@@ -16,17 +16,18 @@ from hypothesis import strategies as st
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
-LINE, CONTENT = 64, 56
+LINE, REST = 64, 32
 POSITIONS = [0, 1, 2**31 - 3, 2**32 - 3, 2**62 - 3, 2**63 - 3, 2**64 - 3]
 PRODUCER, CONSUMER = 0, 1
 
 ffi = FFI()
 ffi.cdef("""
     typedef struct pair_t pair_t;
-    pair_t *pair_new(uint64_t lines, uint64_t blocks, uint64_t block_bytes, uint64_t position);
+    pair_t *pair_new(uint64_t lines, uint64_t data_bytes, uint64_t position);
     void pair_free(pair_t *pair);
-    int pair_send(pair_t *pair, const void *content, const void *block, uint64_t bytes);
-    int pair_receive(pair_t *pair, void *content, void *block, uint64_t bytes);
+    int pair_send(pair_t *pair, const void *rest, const void *data, uint64_t bytes);
+    int64_t pair_receive(pair_t *pair, void *rest, void *data);
+    void pair_limit(pair_t *pair, uint64_t bytes);
     uint64_t pair_head(const pair_t *pair);
     uint64_t pair_tail(const pair_t *pair);
     uint64_t pair_rung(const pair_t *pair, int rank);
@@ -48,20 +49,20 @@ def lib(tmp_path_factory: pytest.TempPathFactory) -> Any:
 class Pair:
     """A ring whose memory is visible."""
 
-    def __init__(self, lib: Any, lines: int, blocks: int, block_bytes: int, position: int) -> None:
-        self.lib, self.lines, self.blocks, self.block_bytes = lib, lines, blocks, block_bytes
-        self.pair = ffi.gc(lib.pair_new(lines, blocks, block_bytes, position), lib.pair_free)
+    def __init__(self, lib: Any, lines: int, data_bytes: int, position: int) -> None:
+        self.lib, self.lines, self.data_bytes = lib, lines, data_bytes
+        self.pair = ffi.gc(lib.pair_new(lines, data_bytes, position), lib.pair_free)
 
-    def send(self, content: bytes, block: bytes | None = None) -> bool:
-        source = ffi.NULL if block is None else ffi.from_buffer(block)
-        return bool(self.lib.pair_send(self.pair, content.ljust(CONTENT, b"\0"), source, len(block or b"")))
+    def send(self, rest: bytes, data: bytes = b"") -> bool:
+        return bool(self.lib.pair_send(self.pair, rest.ljust(REST, b"\0"), ffi.from_buffer(data), len(data)))
 
     def receive(self) -> tuple[bytes, bytes] | None:
-        content, block = bytearray(CONTENT), bytearray(self.block_bytes)
-        buffers = ffi.from_buffer(content), ffi.from_buffer(block)
-        if not self.lib.pair_receive(self.pair, *buffers, self.block_bytes):
-            return None
-        return bytes(content), bytes(block)
+        rest, data = bytearray(REST), bytearray(self.data_bytes)
+        nbytes = self.lib.pair_receive(self.pair, ffi.from_buffer(rest), ffi.from_buffer(data))
+        return None if nbytes < 0 else (bytes(rest), bytes(data[:nbytes]))
+
+    def limit(self, nbytes: int) -> None:
+        self.lib.pair_limit(self.pair, nbytes)
 
     def window(self, rank: int) -> bytes:
         return bytes(ffi.buffer(self.lib.pair_window(self.pair, rank), self.lib.pair_stride(self.pair)))
@@ -70,9 +71,9 @@ class Pair:
         start = LINE + position % self.lines * LINE
         return self.window(CONSUMER)[start : start + LINE]
 
-    def block(self, position: int) -> bytes:
-        start = LINE + self.lines * LINE + position % self.blocks * self.block_bytes
-        return self.window(CONSUMER)[start : start + self.block_bytes]
+    def data(self) -> bytes:
+        start = LINE + self.lines * LINE
+        return self.window(CONSUMER)[start : start + self.data_bytes]
 
     def tail_word(self) -> int:
         return int.from_bytes(self.window(PRODUCER)[:8], "little")
@@ -84,11 +85,11 @@ def position(request: pytest.FixtureRequest) -> Any:
 
 
 def test_should_write_sequence_and_content_in_one_line_when_publishing(lib: Any, position: int) -> None:
-    pair = Pair(lib, 8, 4, 128, position)
+    pair = Pair(lib, 8, 512, position)
     before = pair.window(CONSUMER)
     assert pair.send(b"inline")
     sequence = (position + 1) % 2**64
-    assert pair.line(position) == sequence.to_bytes(8, "little") + b"inline".ljust(CONTENT, b"\0")
+    assert pair.line(position) == sequence.to_bytes(8, "little") + bytes(24) + b"inline".ljust(REST, b"\0")
     start = LINE + position % 8 * LINE
     after = pair.window(CONSUMER)
     assert after[:start] == before[:start]
@@ -96,36 +97,45 @@ def test_should_write_sequence_and_content_in_one_line_when_publishing(lib: Any,
     assert lib.pair_rung(pair.pair, CONSUMER) == 1
 
 
-def test_should_use_the_block_of_its_position_when_publishing_a_block(lib: Any, position: int) -> None:
-    pair = Pair(lib, 8, 4, 128, position)
-    for i in range(4):
-        assert pair.send(b"chunk", bytes([i + 1]) * 128)
-    for i in range(4):
-        assert pair.block(position + i) == bytes([i + 1]) * 128
+def test_should_lay_pieces_densely_from_whole_lines(lib: Any, position: int) -> None:
+    pair = Pair(lib, 8, 512, position)
+    for i, nbytes in enumerate([64, 100, 1, 128]):
+        assert pair.send(b"chunk", bytes([i + 1]) * nbytes)
+    expected = b"".join(bytes([i + 1]) * n + bytes(-n % 64) for i, n in enumerate([64, 100, 1, 128]))
+    assert pair.data() == expected.ljust(512, b"\0")
 
 
-@pytest.mark.parametrize("with_block", [False, True])
-def test_should_refuse_and_change_nothing_when_full(lib: Any, position: int, with_block: bool) -> None:
-    pair = Pair(lib, 8, 4, 128, position)
-    block = b"x" * 128 if with_block else None
-    capacity = 4 if with_block else 8
-    assert [pair.send(b"m", block) for _ in range(capacity)] == [True] * capacity
+def test_should_start_again_at_the_front_when_a_piece_does_not_fit_before_the_end(lib: Any, position: int) -> None:
+    pair = Pair(lib, 8, 512, position)
+    for i in range(4):
+        assert pair.send(b"chunk", bytes([i + 1]) * 100)
+        assert pair.receive() == (b"chunk".ljust(REST, b"\0"), bytes([i + 1]) * 100)
+    assert pair.send(b"chunk", b"x" * 65)
+    assert pair.data()[:65] == b"x" * 65
+    assert pair.receive() == (b"chunk".ljust(REST, b"\0"), b"x" * 65)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 64, 128])
+def test_should_refuse_and_change_nothing_when_full(lib: Any, position: int, nbytes: int) -> None:
+    pair = Pair(lib, 8, 512, position)
+    capacity = 512 // nbytes if nbytes == 128 else 8
+    assert [pair.send(b"m", b"x" * nbytes) for _ in range(capacity)] == [True] * capacity
     head, memory = lib.pair_head(pair.pair), [pair.window(rank) for rank in range(2)]
-    assert not pair.send(b"refused", block)
+    assert not pair.send(b"refused", b"y" * nbytes)
     assert lib.pair_head(pair.pair) == head == (position + capacity) % 2**64
     assert [pair.window(rank) for rank in range(2)] == memory
 
 
-def test_should_refuse_a_block_but_not_a_line_when_only_blocks_are_used_up(lib: Any, position: int) -> None:
-    pair = Pair(lib, 8, 4, 128, position)
+def test_should_refuse_a_piece_but_not_a_line_when_only_the_data_is_used_up(lib: Any, position: int) -> None:
+    pair = Pair(lib, 8, 256, position)
     for _ in range(4):
-        assert pair.send(b"m")
-    assert not pair.send(b"chunk", b"x" * 128)
+        assert pair.send(b"chunk", b"x" * 64)
+    assert not pair.send(b"chunk", b"x")
     assert pair.send(b"m")
 
 
 def test_should_find_nothing_when_the_line_is_of_the_last_lap(lib: Any, position: int) -> None:
-    pair = Pair(lib, 8, 4, 128, position)
+    pair = Pair(lib, 8, 256, position)
     assert pair.receive() is None
     for lap in range(3):
         for i in range(8):
@@ -136,8 +146,8 @@ def test_should_find_nothing_when_the_line_is_of_the_last_lap(lib: Any, position
             assert pair.receive() is None
 
 
-def test_should_release_by_halves_when_consuming(lib: Any, position: int) -> None:
-    pair = Pair(lib, 8, 4, 128, position)
+def test_should_release_lines_by_halves(lib: Any, position: int) -> None:
+    pair = Pair(lib, 4, 256, position)
     words = []
     for _ in range(6):
         assert pair.send(b"m")
@@ -147,49 +157,76 @@ def test_should_release_by_halves_when_consuming(lib: Any, position: int) -> Non
     assert lib.pair_rung(pair.pair, PRODUCER) == 3
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
-def test_should_never_strand_the_producer_when_all_is_consumed(lib: Any, position: int, blocks: int) -> None:
-    pair = Pair(lib, 16, blocks, 64, position)
-    for count in range(1, 40):
-        for _ in range(count % 13):
-            assert pair.send(b"m")
+def test_should_release_data_by_quarters(lib: Any, position: int) -> None:
+    pair = Pair(lib, 64, 1024, position)
+    words = []
+    for _ in range(12):
+        assert pair.send(b"chunk", b"x" * 64)
+        assert pair.receive()
+        words.append((pair.tail_word() - position) % 2**64)
+    assert words == [0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    position=st.sampled_from(POSITIONS),
+    lines=st.sampled_from([1, 2, 4, 8, 64]),
+    quarters=st.sampled_from([64, 128, 256, 1024]),
+    limit=st.none() | st.floats(0, 1),
+    rounds=st.lists(st.lists(st.floats(0, 1), max_size=12), max_size=12),
+)
+def test_should_never_strand_the_producer_when_all_is_consumed(
+    lib: Any, position: int, lines: int, quarters: int, limit: float | None, rounds: list[list[float]]
+) -> None:
+    pair = Pair(lib, lines, 4 * quarters, position)
+    if limit is not None:
+        quarters = max(1, int(limit * quarters // 64)) * 64
+        pair.limit(4 * quarters)
+    for pieces in rounds:
+        for piece in pieces:
+            pair.send(b"m", b"x" * int(piece * quarters))
         while pair.receive():
             pass
-        assert pair.send(b"chunk", b"x" * 64), f"no block free after {count} rounds although all is consumed"
+        assert pair.send(b"chunk", b"x" * quarters), "no room for a piece although all is consumed"
         assert pair.receive()
 
 
-@settings(deadline=None, max_examples=200)
+def test_should_use_no_data_beyond_the_limit(lib: Any, position: int) -> None:
+    pair = Pair(lib, 64, 2048, position)
+    for _ in range(4):
+        assert pair.send(b"chunk", b"x" * 64)
+    pair.limit(512)
+    for i in range(60):
+        assert pair.send(b"chunk", bytes([i]) * (1 + 7 * i % 128)) or pair.receive()
+    assert not any(pair.data()[512:])
+
+
+@settings(deadline=None, max_examples=300)
 @given(
     position=st.sampled_from(POSITIONS),
-    blocks=st.sampled_from([1, 2, 4]),
     lines=st.sampled_from([4, 8]),
-    steps=st.lists(st.sampled_from(["line", "block", "receive"]), max_size=80),
+    quarter=st.sampled_from([64, 192]),
+    steps=st.lists(st.none() | st.floats(0, 1), max_size=80),
 )
-def test_should_behave_as_a_bounded_queue(lib: Any, position: int, blocks: int, lines: int, steps: list[str]) -> None:
-    pair = Pair(lib, lines, blocks, 64, position)
-    queue: deque[tuple[bytes, bytes | None]] = deque()
+def test_should_behave_as_a_bounded_queue(
+    lib: Any, position: int, lines: int, quarter: int, steps: list[float | None]
+) -> None:
+    """A step receives, or sends a piece of so large a part of the largest."""
+    pair = Pair(lib, lines, 4 * quarter, position)
+    queue: deque[tuple[bytes, bytes]] = deque()
     for number, step in zip(itertools.count(), steps, strict=False):
-        content, block = str(number).encode(), str(-number).encode() * 8
-        if step == "receive":
-            received = pair.receive()
-            assert (received is None) == (not queue)
-            if received is not None:
-                expected, expected_block = queue.popleft()
-                assert received[0].rstrip(b"\0") == expected
-                assert expected_block is None or received[1].startswith(expected_block)
+        if step is None:
+            assert pair.receive() == (queue.popleft() if queue else None)
             continue
-        sent = pair.send(content, block if step == "block" else None)
-        # The producer may know of the tail late, but never by half the blocks or more.
-        unreleased = max((blocks + 1) // 2 - 1, 0)
-        capacity = lines if step == "line" else blocks
-        assert sent or len(queue) + unreleased >= capacity
-        assert not sent or len(queue) < capacity
-        if sent:
-            queue.append((content, block if step == "block" else None))
+        rest, data = str(number).encode().ljust(REST, b"\0"), bytes([number + 1]) * int(step * quarter)
+        if pair.send(rest, data):
+            queue.append((rest, data))
+        used = sum((len(data) + 63) // 64 * 64 for _, data in queue)
+        assert len(queue) <= lines
+        assert used <= 4 * quarter
 
 
 def test_should_pass_a_million_messages_between_two_threads(lib: Any) -> None:
-    pair = Pair(lib, 16, 4, 128, 2**32 - 500_000)
+    pair = Pair(lib, 16, 1024, 2**32 - 500_000)
     assert lib.pair_race(pair.pair, 1_000_000) == 0
     assert lib.pair_head(pair.pair) == lib.pair_tail(pair.pair) == 2**32 + 500_000

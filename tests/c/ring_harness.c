@@ -13,6 +13,7 @@ typedef struct pair_t {
     uint64_t stride;
     xccl_ring_producer_t producer;
     xccl_ring_consumer_t consumer;
+    uint64_t *ends;
     _Atomic uint64_t rung[2];
 } pair_t;
 
@@ -22,15 +23,12 @@ void xccl_ring(xccl_world_t *world, int rank) {
     atomic_fetch_add(&pair->rung[rank], 1);
 }
 
-pair_t *pair_new(uint64_t lines, uint64_t blocks, uint64_t block_bytes, uint64_t position) {
+pair_t *pair_new(uint64_t lines, uint64_t data_bytes, uint64_t position) {
     pair_t *pair = calloc(1, sizeof *pair);
-    xccl_ring_shape_t shape = {.lines = lines,
-                               .blocks = blocks,
-                               .block_bytes = block_bytes,
-                               .lines_at = 64,
-                               .blocks_at = 64 + lines * 64,
-                               .tail_at = 0};
-    pair->stride = (shape.blocks_at + blocks * block_bytes + 63) / 64 * 64;
+    xccl_ring_shape_t shape = {
+        .lines = lines, .data_bytes = data_bytes, .lines_at = 64, .data_at = 64 + lines * 64, .tail_at = 0};
+    pair->stride = (shape.data_at + data_bytes + 63) / 64 * 64;
+    pair->ends = calloc(lines, sizeof *pair->ends);
     pair->memory = aligned_alloc(64, 2 * pair->stride);
     memset(pair->memory, 0, 2 * pair->stride);
     for (int rank = 0; rank < 2; rank++)
@@ -46,36 +44,54 @@ pair_t *pair_new(uint64_t lines, uint64_t blocks, uint64_t block_bytes, uint64_t
         memcpy(pair->memory + pair->stride + shape.lines_at + ((position - i) & (lines - 1)) * 64, &sequence, 8);
     }
     memcpy(pair->memory, &position, 8);
-    xccl_ring_open_producer(&pair->producer, &pair->worlds[PRODUCER], shape, CONSUMER, position);
+    xccl_ring_open_producer(&pair->producer, &pair->worlds[PRODUCER], shape, CONSUMER, pair->ends, position);
     xccl_ring_open_consumer(&pair->consumer, &pair->worlds[CONSUMER], shape, PRODUCER, position);
     return pair;
 }
 
 void pair_free(pair_t *pair) {
+    free(pair->ends);
     free(pair->memory);
     free(pair);
 }
 
-/* Publishes a position, with `bytes` of block if block is not NULL. 0: no room. */
-int pair_send(pair_t *pair, const void *content, const void *block, uint64_t bytes) {
-    if (block ? !xccl_ring_has_block(&pair->producer) : !xccl_ring_has_line(&pair->producer))
+typedef struct content_t {
+    uint64_t offset, bytes, hand_back;
+    unsigned char rest[XCCL_RING_CONTENT_BYTES - 24];
+} content_t;
+
+/* Publishes a position, with a piece of `bytes` if there are any. 0: no room. */
+int pair_send(pair_t *pair, const void *rest, const void *data, uint64_t bytes) {
+    xccl_ring_producer_t *ring = &pair->producer;
+    content_t content = {.bytes = bytes};
+    if (!(bytes > 0 ? xccl_ring_has_piece(ring, bytes) : xccl_ring_has_line(ring)))
         return 0;
-    if (block)
-        xccl_gas_put_at(&pair->worlds[PRODUCER], CONSUMER, xccl_ring_block_offset(&pair->producer, 0), block, bytes);
-    memcpy(xccl_ring_content(&pair->producer), content, XCCL_RING_CONTENT_BYTES);
-    xccl_ring_publish(&pair->producer);
+    if (bytes > 0) {
+        bool hand_back;
+        content.offset = xccl_ring_take_piece(ring, bytes, &hand_back);
+        content.hand_back = hand_back;
+        xccl_gas_put_at(&pair->worlds[PRODUCER], CONSUMER, ring->shape.data_at + content.offset, data, bytes);
+    }
+    memcpy(content.rest, rest, sizeof content.rest);
+    memcpy(xccl_ring_content(ring), &content, sizeof content);
+    xccl_ring_publish(ring);
     return 1;
 }
 
-/* Takes a position. 0: empty. */
-int pair_receive(pair_t *pair, void *content, void *block, uint64_t bytes) {
-    const void *seen = xccl_ring_peek(&pair->consumer);
+/* Takes a position: the bytes of its piece. -1: empty. */
+int64_t pair_receive(pair_t *pair, void *rest, void *data) {
+    const content_t *seen = xccl_ring_peek(&pair->consumer);
     if (!seen)
-        return 0;
-    memcpy(content, seen, XCCL_RING_CONTENT_BYTES);
-    memcpy(block, xccl_ring_block(&pair->consumer), bytes);
-    xccl_ring_consume(&pair->consumer);
-    return 1;
+        return -1;
+    int64_t bytes = (int64_t)seen->bytes;
+    memcpy(rest, seen->rest, sizeof seen->rest);
+    memcpy(data, pair->consumer.data + seen->offset, seen->bytes);
+    xccl_ring_consume(&pair->consumer, seen->hand_back);
+    return bytes;
+}
+
+void pair_limit(pair_t *pair, uint64_t bytes) {
+    xccl_ring_limit(&pair->producer, bytes);
 }
 
 uint64_t pair_head(const pair_t *pair) {
@@ -118,17 +134,20 @@ static void fill(uint64_t *words, size_t count, uint64_t i) {
         words[w] = mix(i * 64 + w);
 }
 
-static bool uses_block(uint64_t i) {
-    return mix(i) % 3 == 0;
+/* Words of the piece of message i: none, or up to a quarter of 1024 bytes. */
+static uint64_t words_of(uint64_t i) {
+    return mix(i) % 3 == 0 ? mix(~i) % 33 : 0;
 }
+
+enum { REST_WORDS = sizeof((content_t *)0)->rest / 8 };
 
 static void *produce(void *arg) {
     race_t *race = arg;
-    uint64_t content[7], block[16];
+    uint64_t rest[REST_WORDS], data[32];
     for (uint64_t i = 0; i < race->count; i++) {
-        fill(content, 7, i);
-        fill(block, 16, ~i);
-        while (!pair_send(race->pair, content, uses_block(i) ? block : NULL, sizeof block))
+        fill(rest, REST_WORDS, i);
+        fill(data, words_of(i), ~i);
+        while (!pair_send(race->pair, rest, data, words_of(i) * 8))
             sched_yield();
     }
     return NULL;
@@ -136,25 +155,20 @@ static void *produce(void *arg) {
 
 static void *consume(void *arg) {
     race_t *race = arg;
-    uint64_t content[7], block[16], expected[16];
+    uint64_t rest[REST_WORDS], data[32], expected[32];
     for (uint64_t i = 0; i < race->count; i++) {
-        const void *seen;
-        while (!(seen = xccl_ring_peek(&race->pair->consumer)))
+        int64_t bytes;
+        while ((bytes = pair_receive(race->pair, rest, data)) < 0)
             sched_yield();
-        memcpy(content, seen, sizeof content);
-        fill(expected, 7, i);
-        race->wrong += memcmp(content, expected, sizeof content) != 0;
-        if (uses_block(i)) {
-            memcpy(block, xccl_ring_block(&race->pair->consumer), sizeof block);
-            fill(expected, 16, ~i);
-            race->wrong += memcmp(block, expected, sizeof block) != 0;
-        }
-        xccl_ring_consume(&race->pair->consumer);
+        fill(expected, REST_WORDS, i);
+        race->wrong += bytes != (int64_t)words_of(i) * 8 || memcmp(rest, expected, sizeof rest) != 0;
+        fill(expected, words_of(i), ~i);
+        race->wrong += memcmp(data, expected, words_of(i) * 8) != 0;
     }
     return NULL;
 }
 
-/* Two threads pass `count` messages; the number of wrong ones. Blocks need 128 bytes. */
+/* Two threads pass `count` messages; the number of wrong ones. Needs 1024 bytes of data. */
 uint64_t pair_race(pair_t *pair, uint64_t count) {
     race_t race = {.pair = pair, .count = count};
     pthread_t producer;
