@@ -1,7 +1,11 @@
 #include "kernel.h"
 
 #include <float.h>
+#include <stdbool.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #if defined(__FAST_MATH__)
 #error "kernel.c must be compiled without -ffast-math: all variants promise the same bits"
@@ -107,14 +111,23 @@ INLINE void from_float32_body(xccl_dtype_t dtype, void *restrict dst, const floa
         store(dtype, dst, i, src[i]);
 }
 
-/* Magnitudes of floats order as their bits do, infinity above all numbers and NaN above infinity. */
-INLINE uint32_t max_magnitude(xccl_dtype_t dtype, const void *restrict x, size_t n) {
-    uint32_t max = 0;
+/* Magnitudes of numbers of one dtype order as their bits do, infinity above all numbers and NaN above infinity.
+ * The result is the largest magnitude as a float32. */
+INLINE float max_magnitude(xccl_dtype_t dtype, const void *restrict x, size_t n) {
+    if (dtype == XCCL_FLOAT32) {
+        int32_t max = 0;
+        for (size_t i = 0; i < n; i++) {
+            int32_t a = (int32_t)(bits_of(((const float *)x)[i]) & F32_MAGNITUDE);
+            max = a > max ? a : max;
+        }
+        return float_of((uint32_t)max);
+    }
+    int16_t max = 0;
     for (size_t i = 0; i < n; i++) {
-        uint32_t a = bits_of(load(dtype, x, i)) & F32_MAGNITUDE;
+        int16_t a = (int16_t)(((const uint16_t *)x)[i] & 0x7fff);
         max = a > max ? a : max;
     }
-    return max;
+    return load(dtype, &max, 0);
 }
 
 /*
@@ -122,111 +135,62 @@ INLINE uint32_t max_magnitude(xccl_dtype_t dtype, const void *restrict x, size_t
  * scale is a normal number within one rounding of max / 127, so |x * inverse| < 127 * (1 + 2^-21): the
  * result lies in [-127, 127] without clipping.
  */
-INLINE float quantize_body(xccl_dtype_t dtype, int8_t *restrict q, const void *restrict x, size_t n) {
+INLINE void quantize_body(xccl_dtype_t dtype, int8_t *restrict q, const void *restrict x, size_t n, float *out_scale) {
     const float shift = 0x1.8p23f;
-    uint32_t max = max_magnitude(dtype, x, n);
-    float scale = float_of(max) / 127.0f;
-    if (max >= F32_INF || scale < FLT_MIN) {
+    float max = max_magnitude(dtype, x, n);
+    float scale = max / 127.0f;
+    bool finite = bits_of(max) < F32_INF;
+    *out_scale = !finite ? float_of(F32_NAN) : scale < FLT_MIN ? 0.0f : scale;
+    if (!finite || scale < FLT_MIN) {
         memset(q, 0, n);
-        return max >= F32_INF ? float_of(F32_NAN) : 0.0f;
+        return;
     }
     float inverse = 1.0f / scale;
     for (size_t i = 0; i < n; i++)
         q[i] = (int8_t)(bits_of(load(dtype, x, i) * inverse + shift) & 0xff);
-    return scale;
-}
-
-INLINE void dequantize_body(xccl_dtype_t dtype, void *restrict dst, const int8_t *restrict q, float scale, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        store(dtype, dst, i, (float)q[i] * scale);
-}
-
-enum { SUM_BLOCK = 1024 }; /* accumulators stay in the first-level cache while the rows stream past */
-
-INLINE void accumulate(xccl_dtype_t dtype, float *restrict acc, const void *restrict row, int weighted, float weight,
-                       size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        float y = load(dtype, row, i);
-        acc[i] += weighted ? weight * y : y;
-    }
-}
-
-INLINE void weighted_sum_body(xccl_dtype_t dtype, char *restrict dst, const void *const *rows, const float *weights,
-                              size_t num_rows, size_t n) {
-    float acc[SUM_BLOCK];
-    size_t itemsize = xccl_kernel_itemsize(dtype);
-    for (size_t begin = 0; begin < n; begin += SUM_BLOCK) {
-        size_t count = n - begin < SUM_BLOCK ? n - begin : SUM_BLOCK;
-        memset(acc, 0, count * sizeof *acc);
-        for (size_t j = 0; j < num_rows; j++) {
-            const char *row = (const char *)rows[j] + begin * itemsize;
-            if (weights)
-                accumulate(dtype, acc, row, 1, weights[j], count);
-            else
-                accumulate(dtype, acc, row, 0, 0.0f, count);
-        }
-        from_float32_body(dtype, dst + begin * itemsize, acc, count);
-    }
 }
 
 /* ---- One set of functions for each vector width ---- */
 
-#define BY_DTYPE(dtype, call)                                                                                          \
+#define BY_DTYPE(dtype, body, ...)                                                                                     \
     switch (dtype) {                                                                                                   \
     case XCCL_FLOAT16:                                                                                                 \
-        call(XCCL_FLOAT16);                                                                                            \
+        body(XCCL_FLOAT16, __VA_ARGS__);                                                                               \
         break;                                                                                                         \
     case XCCL_BFLOAT16:                                                                                                \
-        call(XCCL_BFLOAT16);                                                                                           \
+        body(XCCL_BFLOAT16, __VA_ARGS__);                                                                              \
         break;                                                                                                         \
     default:                                                                                                           \
-        call(XCCL_FLOAT32);                                                                                            \
+        body(XCCL_FLOAT32, __VA_ARGS__);                                                                               \
         break;                                                                                                         \
     }
 
-#define TO_FLOAT32(dtype)   to_float32_body(dtype, dst, src, n)
-#define FROM_FLOAT32(dtype) from_float32_body(dtype, dst, src, n)
-#define QUANTIZE(dtype)     scale = quantize_body(dtype, q, x, n)
-#define DEQUANTIZE(dtype)   dequantize_body(dtype, dst, q, scale, n)
-#define WEIGHTED_SUM(dtype) weighted_sum_body(dtype, dst, rows, weights, num_rows, n)
-
-#define VARIANT(variant, TARGET)                                                                                       \
-    TARGET static void to_float32_##variant(xccl_dtype_t dtype, float *dst, const void *src, size_t n) {               \
-        BY_DTYPE(dtype, TO_FLOAT32);                                                                                   \
-    }                                                                                                                  \
-    TARGET static void from_float32_##variant(xccl_dtype_t dtype, void *dst, const float *src, size_t n) {             \
-        BY_DTYPE(dtype, FROM_FLOAT32);                                                                                 \
-    }                                                                                                                  \
-    TARGET static float quantize_##variant(xccl_dtype_t dtype, int8_t *q, const void *x, size_t n) {                   \
-        float scale;                                                                                                   \
-        BY_DTYPE(dtype, QUANTIZE);                                                                                     \
-        return scale;                                                                                                  \
-    }                                                                                                                  \
-    TARGET static void dequantize_##variant(xccl_dtype_t dtype, void *dst, const int8_t *q, float scale, size_t n) {   \
-        BY_DTYPE(dtype, DEQUANTIZE);                                                                                   \
-    }                                                                                                                  \
-    TARGET static void weighted_sum_##variant(xccl_dtype_t dtype, void *dst, const void *const *rows,                  \
-                                              const float *weights, size_t num_rows, size_t n) {                       \
-        BY_DTYPE(dtype, WEIGHTED_SUM);                                                                                 \
-    }                                                                                                                  \
-    static const xccl_kernel_t kernel_##variant = {                                                                    \
-        .name = #variant,                                                                                              \
-        .to_float32 = to_float32_##variant,                                                                            \
-        .from_float32 = from_float32_##variant,                                                                        \
-        .quantize = quantize_##variant,                                                                                \
-        .dequantize = dequantize_##variant,                                                                            \
-        .weighted_sum = weighted_sum_##variant,                                                                        \
-    };
-
-#define TARGET_BASE
-VARIANT(scalar, TARGET_BASE)
+#define SET          scalar
+#define NAME_STRING  "scalar"
+#define TARGET
+#define VECTOR_BYTES 16 /* SSE2, NEON: part of every processor of their kind */
+#if defined(__x86_64__)
+#define STREAM_STORE(at, vector) _mm_stream_si128((__m128i *)(at), (__m128i)(vector))
+#else
+#define STREAM_STORE(at, vector) memcpy(at, &(vector), sizeof(vector))
+#endif
+#include "kernel_set.h"
 
 #if defined(__x86_64__)
 
-#define TARGET_AVX2   __attribute__((target("avx2")))
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
-VARIANT(avx2, TARGET_AVX2)
-VARIANT(avx512, TARGET_AVX512)
+#define SET                      avx2
+#define NAME_STRING              "avx2"
+#define TARGET                   __attribute__((target("avx2")))
+#define VECTOR_BYTES             32
+#define STREAM_STORE(at, vector) _mm256_stream_si256((__m256i *)(at), (__m256i)(vector))
+#include "kernel_set.h"
+
+#define SET                      avx512
+#define NAME_STRING              "avx512"
+#define TARGET                   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define VECTOR_BYTES             64
+#define STREAM_STORE(at, vector) _mm512_stream_si512((__m512i *)(at), (__m512i)(vector))
+#include "kernel_set.h"
 
 static int has_avx2(void) {
     return __builtin_cpu_supports("avx2");

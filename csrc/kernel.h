@@ -2,7 +2,7 @@
  * kernel: arithmetic on rows of numbers.
  *
  * Nothing here knows about ranks or shared memory. Every function has one source body, compiled several
- * times for wider and wider vectors; xccl_kernel_t holds one set. All sets give the same bits, and the same
+ * times for wider and wider vectors (kernel_set.h); xccl_kernel_t holds one set. All sets give the same bits, and the same
  * bits as xccl/reference.py (NumPy and ml_dtypes): only IEEE-754 single operations in a fixed order, each
  * rounded to nearest even. kernel.c must therefore be compiled with -ffp-contract=off, without -ffast-math.
  *
@@ -38,7 +38,18 @@ typedef struct {
      */
     void (*weighted_sum)(xccl_dtype_t dtype, void *dst, const void *const *rows, const float *weights, size_t num_rows,
                          size_t n);
+
+    /* memcpy past the caches, for what exceeds them: the lines need not be read before they are written. The
+     * writes are in no order with later ones until xccl_kernel_stream_end. */
+    void (*stream)(void *dst, const void *src, size_t bytes);
 } xccl_kernel_t;
+
+/* Orders what was streamed before all later stores, those of a release too. */
+static inline void xccl_kernel_stream_end(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_sfence();
+#endif
+}
 
 /* The set for this width, or NULL if this processor (or this build) does not have it. */
 const xccl_kernel_t *xccl_kernel_get(xccl_simd_t simd);

@@ -33,6 +33,7 @@ class KernelSet(ctypes.Structure):
         ("quantize", ctypes.CFUNCTYPE(ctypes.c_float, Dtype, Pointer, Pointer, Size)),
         ("dequantize", ctypes.CFUNCTYPE(None, Dtype, Pointer, Pointer, ctypes.c_float, Size)),
         ("weighted_sum", ctypes.CFUNCTYPE(None, Dtype, Pointer, Pointer, Pointer, Size, Size)),
+        ("stream", ctypes.CFUNCTYPE(None, Pointer, Pointer, Size)),
     ]
 
 
