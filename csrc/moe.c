@@ -2,6 +2,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "status.h"
 #include "wait.h"
@@ -99,7 +100,7 @@ int xccl_moe_reserve(xccl_moe_t *moe, uint64_t stage, uint64_t bytes, uint64_t *
 
 xccl_moe_handle_t *xccl_moe_handle_new(const xccl_moe_t *moe, int64_t num_tokens) {
     size_t slots = (size_t)(num_tokens * moe->config.num_topk);
-    size_t starts = (size_t)moe->comm->size * xccl_moe_num_experts_of(moe, moe->comm->rank);
+    size_t starts = (size_t)moe->comm->size * xccl_moe_num_local(moe);
     size_t row_start = xccl_moe_lines(sizeof(xccl_moe_handle_t)), expert = row_start + starts * sizeof(uint64_t);
     size_t position = expert + slots * sizeof(int32_t), weights = position + slots * sizeof(uint32_t);
     char *memory = malloc(weights + slots * sizeof(float));
@@ -201,16 +202,16 @@ static int allocate_tables(xccl_moe_t *moe) {
     size_t num_topk = (size_t)moe->config.num_topk;
     moe->owner = malloc(num_experts * sizeof *moe->owner);
     moe->local_index = malloc(num_experts * sizeof *moe->local_index);
-    moe->by_owner = malloc(num_experts * sizeof *moe->by_owner);
-    moe->first_of = calloc(size + 1, sizeof *moe->first_of);
+    moe->num_experts_of = calloc(size, sizeof *moe->num_experts_of);
     moe->dest = malloc(size * sizeof *moe->dest);
     moe->expert_count = malloc(num_experts * sizeof *moe->expert_count);
-    moe->expert_begin = malloc(num_experts * sizeof *moe->expert_begin);
-    moe->cursor = malloc(size * sizeof *moe->cursor);
+    moe->cursor = malloc(num_experts * sizeof *moe->cursor);
+    moe->places = malloc(num_topk * sizeof *moe->places);
+    moe->outputs = malloc(size * sizeof *moe->outputs);
     moe->terms = malloc(num_topk * sizeof *moe->terms);
     moe->term_weights = malloc(num_topk * sizeof *moe->term_weights);
-    if (!moe->owner || !moe->local_index || !moe->by_owner || !moe->first_of || !moe->dest || !moe->expert_count ||
-        !moe->expert_begin || !moe->cursor || !moe->terms || !moe->term_weights)
+    if (!moe->owner || !moe->local_index || !moe->num_experts_of || !moe->dest || !moe->expert_count || !moe->cursor ||
+        !moe->places || !moe->outputs || !moe->terms || !moe->term_weights)
         return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for the tables of %zu experts", moe->comm->rank,
                          num_experts);
     return XCCL_OK;
@@ -219,26 +220,28 @@ static int allocate_tables(xccl_moe_t *moe) {
 static void free_tables(xccl_moe_t *moe) {
     free(moe->owner);
     free(moe->local_index);
-    free(moe->by_owner);
-    free(moe->first_of);
+    free(moe->num_experts_of);
     free(moe->dest);
     free(moe->expert_count);
-    free(moe->expert_begin);
     free(moe->cursor);
+    free(moe->places);
+    free(moe->outputs);
     free((void *)moe->terms);
     free(moe->term_weights);
 }
 
-/* Sorts the experts by owner, keeping their order. */
+/* Numbers each owner's experts in their order. */
 static void index_experts(xccl_moe_t *moe, const int32_t *owner) {
-    int64_t num_experts = moe->config.num_experts;
-    memcpy(moe->owner, owner, (size_t)num_experts * sizeof *owner);
-    for (int64_t e = 0; e < num_experts; e++)
-        moe->local_index[e] = (int32_t)moe->first_of[owner[e] + 1]++;
-    for (int rank = 0; rank < moe->comm->size; rank++)
-        moe->first_of[rank + 1] += moe->first_of[rank];
-    for (int64_t e = 0; e < num_experts; e++)
-        moe->by_owner[moe->first_of[owner[e]] + (uint64_t)moe->local_index[e]] = (int32_t)e;
+    memcpy(moe->owner, owner, (size_t)moe->config.num_experts * sizeof *owner);
+    for (int64_t e = 0; e < moe->config.num_experts; e++)
+        moe->local_index[e] = (int32_t)moe->num_experts_of[owner[e]]++;
+}
+
+/* What a rank may write before it drives its own lines, or those of its peers, out of the last-level cache. */
+static uint64_t cache_share(const xccl_world_t *world) {
+    long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    const uint64_t usual = 32 << 20; /* where the system does not tell */
+    return (bytes > 0 ? (uint64_t)bytes : usual) / (uint64_t)world->size;
 }
 
 static int allocate_blocks(xccl_moe_t *moe, int64_t timeout_ns) {
@@ -280,6 +283,7 @@ static int open_group(xccl_moe_t *moe, const int32_t *owner, int64_t timeout_ns)
     if (status != XCCL_OK)
         return status;
     index_experts(moe, owner);
+    moe->cache_share = cache_share(comm->world);
     xccl_op_begin(comm->world, XCCL_OP_EP_OPEN);
     int64_t deadline = xccl_deadline(comm->world, timeout_ns);
     status = xccl_comm_settle(comm, agree_on_config(comm, &moe->config, owner, deadline));

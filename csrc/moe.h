@@ -12,9 +12,11 @@
  *   staging block, written by the owner, read by peers
  *   | dispatch stage 0 | dispatch stage 1 | combine stage 0 | combine stage 1 |
  *
- *   dispatch stage = one part for each destination, behind each other
- *   part           = | rows for each local expert | entries | scales | rows |      see xccl_moe_part_t
+ *   dispatch stage = | entries for each destination, behind each other | scales | rows |
  *   combine stage  = | row_start [R][max_local_experts] | copy of y |
+ *
+ * A token is staged once, however many of its destinations pull it; what each of them shall do with it is in
+ * its entries. A receiver learns from these alone how many rows it gets, so one signal publishes it all.
  */
 #ifndef XCCL_MOE_H
 #define XCCL_MOE_H
@@ -39,6 +41,8 @@ typedef struct xccl_moe_layout_t {
     uint64_t combine_done[XCCL_MOE_PARITIES];
 
     uint64_t dispatch_stage[XCCL_MOE_PARITIES]; /* in the staging block */
+    uint64_t dispatch_scales;                   /* from the start of a dispatch stage */
+    uint64_t dispatch_rows;
     uint64_t dispatch_stage_bytes;
     uint64_t combine_stage[XCCL_MOE_PARITIES];
     uint64_t combine_copy; /* of y, from the start of a combine stage */
@@ -50,46 +54,31 @@ typedef struct xccl_moe_layout_t {
 /* USAGE for a bad configuration or one whose sizes leave 62 bits. */
 int xccl_moe_layout(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner, xccl_moe_layout_t *out);
 
-/* One row that a destination has to place: a token that chose one of its experts. Entries are sorted by
- * (local expert, token, slot), so the expert follows from the counts, and the slot from the order. */
+/* One row that a destination has to place: a token that chose one of its experts. A source's entries are in the
+ * order of (token, slot), so its rows for an expert are placed in the order in which they are found here. */
 typedef struct xccl_moe_entry_t {
-    uint32_t token;
-    uint32_t row; /* of this part: tokens with several experts at a destination are staged there once */
+    uint32_t token; /* also the index of its staged row and scale */
+    uint32_t local_expert;
 } xccl_moe_entry_t;
 _Static_assert(sizeof(xccl_moe_entry_t) == 8, "an entry is read by peers");
-
-/* Offsets inside one destination's part. A function of the destination's number of experts and of the two
- * counts in its field, so that both sides compute the same. */
-typedef struct xccl_moe_part_t {
-    uint64_t entries;
-    uint64_t scales;
-    uint64_t rows;
-    uint64_t bytes;
-} xccl_moe_part_t;
 
 static inline uint64_t xccl_moe_lines(uint64_t bytes) {
     return (bytes + XCCL_LINE - 1) / XCCL_LINE * XCCL_LINE;
 }
 
-static inline xccl_moe_part_t xccl_moe_part(const xccl_moe_layout_t *layout, xccl_quant_t quant,
-                                            uint64_t num_local_experts, uint64_t num_entries, uint64_t num_rows) {
-    xccl_moe_part_t part;
-    part.entries = xccl_moe_lines(num_local_experts * sizeof(uint32_t));
-    part.scales = part.entries + xccl_moe_lines(num_entries * sizeof(xccl_moe_entry_t));
-    part.rows = part.scales + (quant == XCCL_QUANT_INT8 ? xccl_moe_lines(num_rows * sizeof(float)) : 0);
-    part.bytes = part.rows + num_rows * layout->staged_bytes;
-    return part;
-}
-
 /* What the send half notes about one destination. */
 typedef struct xccl_moe_dest_t {
     uint64_t num_entries;
-    uint64_t num_rows;
-    uint64_t offset; /* of its part in the own window */
-    xccl_moe_part_t part;
-    int64_t last_token; /* the last one staged for it */
-    uint64_t next_row;
+    uint64_t offset;        /* of its entries in the own window */
+    xccl_moe_entry_t *next; /* where the next one goes */
 } xccl_moe_dest_t;
+
+/* Where combine finds the outputs of one member. */
+typedef struct xccl_moe_outputs_t {
+    const unsigned char *y;
+    uint64_t row_stride;
+    const uint64_t *row_start; /* first of this rank's rows for each of the member's experts */
+} xccl_moe_outputs_t;
 
 typedef enum xccl_moe_phase_t {
     XCCL_MOE_SENT,      /* dispatch published */
@@ -121,6 +110,7 @@ struct xccl_moe_t {
     xccl_moe_layout_t layout;
     const xccl_kernel_t *kernel;
     uint64_t metadata, staging, pool; /* offsets of the blocks in every window */
+    uint64_t cache_share;             /* bytes of the last-level cache for this rank */
     uint64_t dispatch_epoch, combine_epoch;
     xccl_moe_handle_t *dispatching[XCCL_MOE_PARITIES]; /* sent and not yet received */
     xccl_moe_handle_t *combining[XCCL_MOE_PARITIES];
@@ -130,19 +120,19 @@ struct xccl_moe_t {
 
     int32_t *owner;       /* [num_experts] member that holds it */
     int32_t *local_index; /* [num_experts] index among its owner's experts */
-    int32_t *by_owner;    /* [num_experts] experts sorted by (owner, expert) */
-    uint64_t *first_of;   /* [R + 1] where an owner's experts begin in by_owner */
+    uint64_t *num_experts_of; /* [R] */
 
-    xccl_moe_dest_t *dest;  /* [R] scratch of the send half */
-    uint32_t *expert_count; /* [num_experts] scratch of the send half */
-    uint32_t *expert_begin; /* [num_experts] first entry of an expert in its owner's part */
-    uint64_t *cursor;       /* [R] scratch of the receive half: next entry of a source */
-    const void **terms;     /* [num_topk] scratch of combine */
-    float *term_weights;    /* [num_topk] */
+    xccl_moe_dest_t *dest;       /* [R] scratch of the send half */
+    uint32_t *expert_count;      /* [num_experts] scratch of the send half */
+    uint64_t *cursor;            /* [num_local_experts] scratch of pull: next row of an expert */
+    unsigned char **places;      /* [num_topk] scratch of pull: where one token goes */
+    xccl_moe_outputs_t *outputs; /* [R] scratch of combine */
+    const void **terms;          /* [num_topk] scratch of combine */
+    float *term_weights;         /* [num_topk] */
 };
 
-static inline uint64_t xccl_moe_num_experts_of(const xccl_moe_t *moe, int rank) {
-    return moe->first_of[rank + 1] - moe->first_of[rank];
+static inline uint64_t xccl_moe_num_local(const xccl_moe_t *moe) {
+    return moe->num_experts_of[moe->comm->rank];
 }
 
 /* Where a member's peer writes its line of an array of the metadata block. */

@@ -9,7 +9,7 @@
 
 /* Tells every source where its rows begin in y, for each expert of this member. */
 static void write_row_starts(xccl_moe_t *moe, const xccl_moe_handle_t *handle, uint64_t stage) {
-    uint64_t num_local = xccl_moe_num_experts_of(moe, moe->comm->rank);
+    uint64_t num_local = xccl_moe_num_local(moe);
     uint64_t *table = xccl_gas_local(moe->comm->world, stage);
     for (int source = 0; source < moe->comm->size; source++)
         memcpy(table + (uint64_t)source * moe->layout.max_local_experts,
@@ -126,17 +126,23 @@ static int check_peers(xccl_moe_t *moe, const xccl_moe_handle_t *handle) {
     return XCCL_OK;
 }
 
+static void find_outputs(xccl_moe_t *moe, const xccl_moe_handle_t *handle) {
+    uint64_t stage = moe->staging + moe->layout.combine_stage[xccl_moe_parity(handle->combine_epoch)];
+    for (int rank = 0; rank < moe->comm->size; rank++) {
+        const xccl_field_t *field = field_of(moe, handle, rank);
+        const unsigned char *window = xccl_gas_at(moe->comm->world, moe->comm->ranks[rank], 0);
+        const uint64_t *row_start = (const uint64_t *)(window + stage);
+        moe->outputs[rank] = (xccl_moe_outputs_t){
+            window + field->offset, field->time,
+            row_start + (uint64_t)moe->comm->rank * moe->layout.max_local_experts};
+    }
+}
+
 /* The output of one slot's expert, in the memory of its rank. */
 static const void *term_of(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, int64_t slot) {
     int32_t expert = handle->expert[slot];
-    int rank = moe->owner[expert];
-    const xccl_field_t *field = field_of(moe, handle, rank);
-    uint64_t stage = moe->staging + moe->layout.combine_stage[xccl_moe_parity(handle->combine_epoch)];
-    const unsigned char *window = xccl_gas_at(moe->comm->world, moe->comm->ranks[rank], 0);
-    const uint64_t *row_start =
-        (const uint64_t *)(window + stage) + (uint64_t)moe->comm->rank * moe->layout.max_local_experts;
-    uint64_t row = row_start[moe->local_index[expert]] + handle->position[slot];
-    return window + field->offset + row * field->time;
+    const xccl_moe_outputs_t *outputs = &moe->outputs[moe->owner[expert]];
+    return outputs->y + (outputs->row_start[moe->local_index[expert]] + handle->position[slot]) * outputs->row_stride;
 }
 
 static void sum_token(xccl_moe_t *moe, const xccl_moe_handle_t *handle, int64_t token, void *out) {
@@ -160,6 +166,7 @@ static int sum_all(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *out, int64_
         status = check_peers(moe, handle);
     if (status != XCCL_OK)
         return status;
+    find_outputs(moe, handle);
     for (int64_t token = 0; token < handle->num_tokens; token++)
         sum_token(moe, handle, token, (char *)out + (uint64_t)token * moe->layout.row_bytes);
     xccl_moe_signal_all(moe, moe->layout.combine_done[parity], handle->combine_epoch);

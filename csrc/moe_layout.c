@@ -79,24 +79,21 @@ static void lay_out_metadata(sizes_t *sizes, int num_ranks, xccl_moe_layout_t *o
     out->bytes.metadata = at;
 }
 
-/* The worst routing: every slot is used and every token goes to as many ranks as it has slots. The parts of
- * all destinations together then hold max_entries and max_rows, each part rounded up to lines in its three
- * tables. */
-static uint64_t worst_dispatch_stage(sizes_t *sizes, const xccl_moe_config_t *config, uint64_t num_ranks,
-                                     const xccl_moe_layout_t *layout) {
-    uint64_t max_tokens = (uint64_t)config->num_max_tokens, num_topk = (uint64_t)config->num_topk;
-    uint64_t max_entries = times(sizes, max_tokens, num_topk);
-    uint64_t max_rows = times(sizes, max_tokens, num_topk < num_ranks ? num_topk : num_ranks);
-    uint64_t tables = times(sizes, (uint64_t)config->num_experts, sizeof(uint32_t));
-    tables = plus(sizes, tables, times(sizes, max_entries, sizeof(xccl_moe_entry_t)));
-    tables = plus(sizes, tables, times(sizes, max_rows, sizeof(float)));
-    tables = plus(sizes, tables, times(sizes, num_ranks, 3 * XCCL_LINE));
-    return plus(sizes, tables, times(sizes, max_rows, layout->staged_bytes));
+/* In the worst routing every slot is used. The entries for each destination begin on a line of their own. */
+static void lay_out_dispatch_stage(sizes_t *sizes, const xccl_moe_config_t *config, uint64_t num_ranks,
+                                   xccl_moe_layout_t *out) {
+    uint64_t max_tokens = (uint64_t)config->num_max_tokens;
+    uint64_t entries = times(sizes, times(sizes, max_tokens, (uint64_t)config->num_topk), sizeof(xccl_moe_entry_t));
+    uint64_t scales = config->quant == XCCL_QUANT_INT8 ? times(sizes, max_tokens, sizeof(float)) : 0;
+    out->dispatch_scales = whole_lines(sizes, plus(sizes, entries, times(sizes, num_ranks, XCCL_LINE)));
+    out->dispatch_rows = whole_lines(sizes, plus(sizes, out->dispatch_scales, scales));
+    out->dispatch_stage_bytes =
+        whole_pages(sizes, plus(sizes, out->dispatch_rows, times(sizes, max_tokens, out->staged_bytes)));
 }
 
 static void lay_out_staging(sizes_t *sizes, const xccl_moe_config_t *config, uint64_t num_ranks,
                             xccl_moe_layout_t *out) {
-    out->dispatch_stage_bytes = whole_pages(sizes, worst_dispatch_stage(sizes, config, num_ranks, out));
+    lay_out_dispatch_stage(sizes, config, num_ranks, out);
     uint64_t starts = times(sizes, times(sizes, num_ranks, out->max_local_experts), sizeof(uint64_t));
     out->combine_copy = whole_lines(sizes, starts);
     out->combine_stage_bytes = whole_pages(sizes, plus(sizes, out->combine_copy, out->max_recv_bytes));

@@ -24,8 +24,10 @@ def expected_bytes(num_ranks: int, num_experts: int, hidden: int, num_topk: int,
     """The layout of moe.h with Python's unbounded integers."""
     row = hidden * itemsize
     staged = up(hidden if int8 else row, LINE)
-    entries, rows = max_tokens * num_topk, max_tokens * min(num_topk, num_ranks)
-    dispatch = up(num_experts * 4 + entries * 8 + rows * 4 + num_ranks * 3 * LINE + rows * staged, PAGE)
+    entries = max_tokens * num_topk
+    scales = up(entries * 8 + num_ranks * LINE, LINE)
+    rows = up(scales + (max_tokens * 4 if int8 else 0), LINE)
+    dispatch = up(rows + max_tokens * staged, PAGE)
     local = -(-num_experts // num_ranks)
     recv = num_ranks * entries * row
     combine = up(up(num_ranks * local * 8, LINE) + recv, PAGE)
