@@ -2,8 +2,8 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
+#include "cache.h"
 #include "status.h"
 #include "wait.h"
 
@@ -237,11 +237,11 @@ static void index_experts(xccl_moe_t *moe, const int32_t *owner) {
         moe->local_index[e] = (int32_t)moe->num_experts_of[owner[e]]++;
 }
 
-/* What a rank may write before it drives its own lines, or those of its peers, out of the last-level cache. */
-static uint64_t cache_share(const xccl_world_t *world) {
-    long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    const uint64_t usual = 32 << 20; /* where the system does not tell */
-    return (bytes > 0 ? (uint64_t)bytes : usual) / (uint64_t)world->size;
+/* Received rows up to this are written through the caches, for combine to find them there; what follows goes past
+ * them. A quarter of the last-level cache for the rows of all ranks leaves room for what they are made from and what
+ * the caller makes of them. */
+static uint64_t cached_bytes(const xccl_world_t *world) {
+    return xccl_cache_bytes() / 4 / (uint64_t)world->size;
 }
 
 static int allocate_blocks(xccl_moe_t *moe, int64_t timeout_ns) {
@@ -283,7 +283,7 @@ static int open_group(xccl_moe_t *moe, const int32_t *owner, int64_t timeout_ns)
     if (status != XCCL_OK)
         return status;
     index_experts(moe, owner);
-    moe->cache_share = cache_share(comm->world);
+    moe->cached_bytes = cached_bytes(comm->world);
     xccl_op_begin(comm->world, XCCL_OP_EP_OPEN);
     int64_t deadline = xccl_deadline(comm->world, timeout_ns);
     status = xccl_comm_settle(comm, agree_on_config(comm, &moe->config, owner, deadline));

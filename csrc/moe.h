@@ -110,7 +110,7 @@ struct xccl_moe_t {
     xccl_moe_layout_t layout;
     const xccl_kernel_t *kernel;
     uint64_t metadata, staging, pool; /* offsets of the blocks in every window */
-    uint64_t cache_share;             /* bytes of the last-level cache for this rank */
+    uint64_t cached_bytes;            /* of received rows that are written through the caches */
     uint64_t dispatch_epoch, combine_epoch;
     xccl_moe_handle_t *dispatching[XCCL_MOE_PARITIES]; /* sent and not yet received */
     xccl_moe_handle_t *combining[XCCL_MOE_PARITIES];

@@ -80,14 +80,14 @@ typedef struct received_t {
     int32_t *src_rank;
     int32_t *src_token;
     uint64_t row_bytes;
-    bool stream;
+    const unsigned char *streamed; /* rows from here on go past the caches */
 } received_t;
 
 /* The same bytes to several places. */
 static void spread(const xccl_moe_t *moe, uint64_t num_places, uint64_t offset, const unsigned char *from,
-                   uint64_t bytes, bool stream) {
+                   uint64_t bytes, const unsigned char *streamed) {
     for (uint64_t i = 0; i < num_places; i++)
-        if (stream)
+        if (moe->places[i] >= streamed)
             moe->kernel->stream(moe->places[i] + offset, from, bytes);
         else
             memcpy(moe->places[i] + offset, from, bytes);
@@ -97,17 +97,17 @@ enum { BLOCK = 1024 }; /* elements that stay in the first-level cache while they
 
 /* Dequantises a row once, however many places it goes to. */
 static void spread_dequantized(const xccl_moe_t *moe, uint64_t num_places, const int8_t *row, float scale,
-                               bool stream) {
+                               const unsigned char *streamed) {
     _Alignas(XCCL_LINE) unsigned char block[BLOCK * sizeof(float)];
     size_t hidden = (size_t)moe->config.hidden, itemsize = xccl_kernel_itemsize(moe->config.dtype);
-    if (num_places == 1 && !stream) {
+    if (num_places == 1 && moe->places[0] < streamed) {
         moe->kernel->dequantize(moe->config.dtype, moe->places[0], row, scale, hidden);
         return;
     }
     for (size_t begin = 0; begin < hidden; begin += BLOCK) {
         size_t count = hidden - begin < BLOCK ? hidden - begin : BLOCK;
         moe->kernel->dequantize(moe->config.dtype, block, row + begin, scale, count);
-        spread(moe, num_places, begin * itemsize, block, count * itemsize, stream);
+        spread(moe, num_places, begin * itemsize, block, count * itemsize, streamed);
     }
 }
 
@@ -127,9 +127,9 @@ static uint64_t pull_token(const xccl_moe_t *moe, int source, const xccl_moe_ent
             to->scales[row] = scale;
     }
     if (moe->config.quant == XCCL_QUANT_INT8 && !to->scales)
-        spread_dequantized(moe, n, (const int8_t *)staged, scale, to->stream);
+        spread_dequantized(moe, n, (const int8_t *)staged, scale, to->streamed);
     else
-        spread(moe, n, 0, staged, to->row_bytes, to->stream);
+        spread(moe, n, 0, staged, to->row_bytes, to->streamed);
     return n;
 }
 
@@ -153,14 +153,12 @@ int xccl_moe_dispatch_pull(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *rec
     if (scales && moe->config.quant == XCCL_QUANT_NONE)
         return xccl_fail(XCCL_ERR_USAGE, "dispatch on rank %d: there are no scales without quant", moe->comm->rank);
     uint64_t row_bytes = scales ? (uint64_t)moe->config.hidden : moe->layout.row_bytes;
-    bool stream = (uint64_t)handle->num_recv * row_bytes > moe->cache_share;
-    received_t to = {recv_x, scales, src_rank, src_token, row_bytes, stream};
+    received_t to = {recv_x, scales, src_rank, src_token, row_bytes, (unsigned char *)recv_x + moe->cached_bytes};
     int size = moe->comm->size;
     /* the own rows first: they are in this core's cache */
     for (int i = 0; i < size; i++)
         pull_source(moe, handle, (moe->comm->rank + i) % size, &to);
-    if (stream)
-        xccl_kernel_stream_end();
+    xccl_kernel_stream_end();
     int parity = xccl_moe_parity(handle->dispatch_epoch);
     xccl_moe_signal_all(moe, moe->layout.dispatch_done[parity], handle->dispatch_epoch);
     moe->dispatching[parity] = NULL;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -235,19 +236,22 @@ def test_timeout_of_a_whole_call_ends_the_group(comm: xccl.Communicator) -> None
         comm.wait_until(go_on, "==", 1)
 
 
-def test_no_memory_is_an_error_and_nothing_is_lost() -> None:
+def test_no_memory_is_an_error_and_nothing_is_lost(tmp_path: Path) -> None:
     """Rank 0 asks for more than the whole /dev/shm, which is refused before any page is taken."""
     shm = os.statvfs("/dev/shm")
     if shm.f_blocks == 0:
         pytest.skip("/dev/shm has no limit")
-    size, hidden = 8, 1 << 20
-    num_tokens = shm.f_blocks * shm.f_frsize // (size * hidden * 4) + 1
+    size, hidden = 2, 1 << 20
+    num_tokens = shm.f_blocks * shm.f_frsize // (hidden * 4) + 1
 
     def body(comm: xccl.Communicator) -> None:
         with open_small(comm, num_experts=size, num_topk=size, hidden=hidden, num_max_tokens_per_rank=num_tokens) as ep:
             everywhere = np.tile(np.arange(size), (num_tokens, 1))
             if comm.rank == 0:
-                x = np.empty((num_tokens, hidden), np.float32)  # never touched
+                never_touched = tmp_path / "x"
+                never_touched.touch()
+                os.truncate(never_touched, num_tokens * hidden * 4)
+                x = np.asarray(np.memmap(never_touched, np.float32, "r", shape=(num_tokens, hidden)))
                 with pytest.raises(
                     xccl.XcclOutOfMemory, match=r"rank 0 needs \d+ bytes of shared memory, \d+ are free"
                 ):
