@@ -25,6 +25,9 @@ _INT8 = np.dtype(np.int8)
 _INT64 = np.dtype(np.int64)
 _FLOAT32 = np.dtype(np.float32)
 
+_POINTER, _INT64_POINTER, _FLOAT_POINTER = (ffi.typeof(name) for name in ("void *", "int64_t *", "float *"))
+_INT32S, _FLOATS = ffi.typeof("int32_t[]"), ffi.typeof("float[]")
+
 
 class ExpertParallel:
     """The experts of an MoE layer, spread over the ranks of a communicator (the paper's dispatch and combine, Fig. 7).
@@ -96,6 +99,7 @@ class ExpertParallel:
         check(lib.xccl_moe_open(comm._handle(), config, address, timeout_ns(timeout), out))
         self._c = out[0]
         self._discard = weakref.finalize(self, lib.xccl_moe_discard, self._c)
+        self._num_recv, self._new_handle = ffi.new("int64_t *"), ffi.new("xccl_moe_handle_t **")
         offset, nbytes = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         lib.xccl_moe_pool(self._c, offset, nbytes)
         self._pool = RowPool(comm._world, int(offset[0]), int(nbytes[0]))
@@ -254,20 +258,21 @@ class ExpertParallel:
         weights = self._weights("dispatch", topk_weights, num_tokens)
         if out is not None:
             self._rows("dispatch", "out", out, self.dtype if dequantize else _INT8, write=True)
-        handle = ffi.new("xccl_moe_handle_t **")
-        check(lib.xccl_moe_dispatch_send(group, rows, num_tokens, slots, weights, timeout_ns(timeout), handle))
-        result = Handle(self, ffi.gc(handle[0], lib.xccl_moe_handle_free), num_tokens)
+        new = self._new_handle
+        check(lib.xccl_moe_dispatch_send(group, rows, num_tokens, slots, weights, timeout_ns(timeout), new))
+        result = Handle(self, ffi.gc(new[0], lib.xccl_moe_handle_free), num_tokens)
         self._in_flight[result] = None
         return result
 
     def _receive(self, handle: Handle, out: Array | None, dequantize: bool, timeout: float | None) -> Rows | RawRows:
         group = self._group("dispatch")
-        num_recv = ffi.new("int64_t *")
         counts = np.empty(self.num_local_experts, np.int32)
         check(
-            lib.xccl_moe_dispatch_wait(group, handle._c, timeout_ns(timeout), num_recv, _pointer("int32_t *", counts))
+            lib.xccl_moe_dispatch_wait(
+                group, handle._c, timeout_ns(timeout), self._num_recv, ffi.from_buffer(_INT32S, counts)
+            )
         )
-        n = int(num_recv[0])
+        n = self._num_recv[0]
         if out is None:
             recv_x = self._pool.empty((n, self.hidden), self.dtype if dequantize else _INT8)
         elif out.shape[0] >= n:
@@ -278,18 +283,18 @@ class ExpertParallel:
             raise error
         scales = None if dequantize else np.empty(n, np.float32)
         sources = np.empty((2, n), np.int32)
+        src_rank = ffi.from_buffer(_INT32S, sources)
         check(
             lib.xccl_moe_dispatch_pull(
                 group,
                 handle._c,
-                _pointer("void *", recv_x),
-                _pointer("float *", scales),
-                _pointer("int32_t *", sources[0]),
-                _pointer("int32_t *", sources[1]),
+                writable(recv_x, "recv_x", "dispatch"),
+                ffi.NULL if scales is None else ffi.from_buffer(_FLOATS, scales),
+                src_rank,
+                src_rank + n,
             )
         )
-        handle.num_recv, handle.num_recv_tokens_per_expert = n, counts
-        handle.src_rank, handle.src_token = sources
+        handle.num_recv, handle.num_recv_tokens_per_expert, handle._sources = n, counts, sources
         del self._in_flight[handle]
         return (recv_x, handle) if scales is None else ((recv_x, scales), handle)
 
@@ -368,13 +373,13 @@ class ExpertParallel:
             if np.may_share_memory(out, y):
                 raise self._error("combine", "out overlaps y, which the peers read")
         stride = y.strides[0] if y.shape[0] > 1 else y.nbytes
-        check(lib.xccl_moe_combine_send(group, handle._c, _pointer("void *", y), stride, weights, timeout_ns(timeout)))
+        check(lib.xccl_moe_combine_send(group, handle._c, _start(y), stride, weights, timeout_ns(timeout)))
         self._in_flight[handle] = y
 
     def _sum(self, handle: Handle, out: Array | None, timeout: float | None) -> Array:
         group = self._group("combine")
         result = np.empty((handle.num_tokens, self.hidden), self.dtype) if out is None else out
-        check(lib.xccl_moe_combine_wait(group, handle._c, _pointer("void *", result), timeout_ns(timeout)))
+        check(lib.xccl_moe_combine_wait(group, handle._c, writable(result, "out", "combine"), timeout_ns(timeout)))
         del self._in_flight[handle]
         return result
 
@@ -452,7 +457,7 @@ class ExpertParallel:
         if a.shape != (num_tokens, self.num_topk) or a.dtype != dtype:
             expected = f"{dtype} [{num_tokens}, {self.num_topk}]"
             raise self._error(operation, f"{name} is {_kind(a)}, expected {expected} [num_tokens, num_topk]")
-        return ffi.cast("int64_t *" if dtype == _INT64 else "float *", address)
+        return ffi.cast(_INT64_POINTER if dtype == _INT64 else _FLOAT_POINTER, address)
 
     def _weights(self, operation: str, a: Array | None, num_tokens: int) -> Any:
         if a is None:
@@ -475,8 +480,11 @@ class ExpertParallel:
             )
 
 
-def _pointer(kind: str, a: Array | None) -> Any:
-    return ffi.NULL if a is None else ffi.cast(kind, array_address(a))
+def _start(y: Array) -> Any:
+    """Pointer to the first row, also where rows are apart."""
+    if y.flags.c_contiguous:
+        return readable(y, "y", "combine")
+    return ffi.cast(_POINTER, array_address(y))
 
 
 def _kind(a: Array) -> str:

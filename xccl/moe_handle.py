@@ -33,13 +33,22 @@ class Handle:
 
     num_recv: int
     num_recv_tokens_per_expert: NDArray[np.int32]
-    src_rank: NDArray[np.int32]
-    src_token: NDArray[np.int32]
+    _sources: NDArray[np.int32]  # [2, num_recv]
 
     def __init__(self, ep: ExpertParallel, c_handle: Any, num_tokens: int) -> None:
         self._ep = ep
         self._c = c_handle
         self.num_tokens = num_tokens
+
+    @property
+    def src_rank(self) -> NDArray[np.int32]:
+        """Rank that sent each row."""
+        return self._sources[0]
+
+    @property
+    def src_token(self) -> NDArray[np.int32]:
+        """Index of each row in the x of its source."""
+        return self._sources[1]
 
     def __reduce__(self) -> Any:
         raise XcclUsageError("a handle belongs to its process and cannot be pickled")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import weakref
 from bisect import insort
-from collections import deque
 from typing import Any
 
 import numpy as np
 
-from xccl._binding import check, lib
+from xccl._binding import check, ffi, lib
 from xccl._world import World
 from xccl.errors import XcclOutOfMemory
 
@@ -30,9 +29,10 @@ class RowPool:
         self._offset = offset
         self._nbytes = nbytes
         self._reserved = 0  # bytes from the start that have pages
-        self._used: list[tuple[int, int]] = []  # (start, end) of live arrays, sorted
-        # A finaliser can run at any moment, in any thread: it only appends here.
-        self._returned: deque[tuple[int, int]] = deque()
+        self._start = ffi.cast("char *", lib.xccl_gas_local(world._w, offset))
+        self._keep = lambda _: world
+        # (start, end, weak reference to the block, which is the base of all views) of arrays, sorted
+        self._used: list[tuple[int, int, weakref.ref[Any]]] = []
 
     def empty(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
         """An array of undefined content; an ordinary one when the pool or shared memory is used up."""
@@ -41,14 +41,12 @@ class RowPool:
             return np.empty(shape, dtype)
         self._collect()
         start = self._find(nbytes)
-        if start + nbytes > self._nbytes or not self._reserve(start + nbytes):
+        end = start + nbytes
+        if end > self._nbytes or not self._reserve(end):
             return np.empty(shape, dtype)
-        place = (start, start + nbytes)
-        insort(self._used, place)
-        array = self._world.array(self._offset + start, shape, dtype)
-        # all views share this base, so it lives as long as the last of them
-        weakref.finalize(array.base, self._returned.append, place).atexit = False
-        return array
+        block = ffi.buffer(ffi.gc(self._start + start, self._keep), nbytes)  # keeps the mapping
+        insort(self._used, (start, end, weakref.ref(block)))
+        return np.ndarray(shape, dtype, block)
 
     @property
     def live(self) -> int:
@@ -57,12 +55,11 @@ class RowPool:
         return len(self._used)
 
     def _collect(self) -> None:
-        while self._returned:
-            self._used.remove(self._returned.popleft())
+        self._used = [place for place in self._used if place[2]() is not None]
 
     def _find(self, nbytes: int) -> int:
         start = 0
-        for begin, end in self._used:
+        for begin, end, _ in self._used:
             if start + nbytes <= begin:
                 break
             start = -(-end // _ALIGNMENT) * _ALIGNMENT
