@@ -127,27 +127,14 @@ INLINE float max_magnitude(xccl_dtype_t dtype, const void *restrict x, size_t n)
         int16_t a = (int16_t)(((const uint16_t *)x)[i] & 0x7fff);
         max = a > max ? a : max;
     }
-    return load(dtype, &max, 0);
+    uint16_t bits = (uint16_t)max;
+    return load(dtype, &bits, 0);
 }
 
-/*
- * Rounds to nearest even by adding 1.5 * 2^23, after which the integer stands in the low bits. |x| <= max and
- * scale is a normal number within one rounding of max / 127, so |x * inverse| < 127 * (1 + 2^-21): the
- * result lies in [-127, 127] without clipping.
- */
-INLINE void quantize_body(xccl_dtype_t dtype, int8_t *restrict q, const void *restrict x, size_t n, float *out_scale) {
-    const float shift = 0x1.8p23f;
-    float max = max_magnitude(dtype, x, n);
+/* Of a row with this maximum. */
+INLINE float scale_of(float max) {
     float scale = max / 127.0f;
-    bool finite = bits_of(max) < F32_INF;
-    *out_scale = !finite ? float_of(F32_NAN) : scale < FLT_MIN ? 0.0f : scale;
-    if (!finite || scale < FLT_MIN) {
-        memset(q, 0, n);
-        return;
-    }
-    float inverse = 1.0f / scale;
-    for (size_t i = 0; i < n; i++)
-        q[i] = (int8_t)(bits_of(load(dtype, x, i) * inverse + shift) & 0xff);
+    return bits_of(max) >= F32_INF ? float_of(F32_NAN) : scale < FLT_MIN ? 0.0f : scale;
 }
 
 /* ---- One set of functions for each vector width ---- */
@@ -192,6 +179,35 @@ INLINE void quantize_body(xccl_dtype_t dtype, int8_t *restrict q, const void *re
 #define STREAM_STORE(at, vector) _mm512_stream_si512((__m512i *)(at), (__m512i)(vector))
 #include "kernel_set.h"
 
+/* The one instruction that rounds 32 numbers to bfloat16 takes subnormal ones for zero. int8 times a normal scale is
+ * none, so here it gives the bits that all others give. */
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) static void
+dequantize_avx512_bf16(xccl_dtype_t dtype, void *dst, const int8_t *q, float scale, size_t n) {
+    uint32_t magnitude = bits_of(scale) & F32_MAGNITUDE;
+    size_t i = 0;
+    if (dtype == XCCL_BFLOAT16 && magnitude >= bits_of(FLT_MIN) && magnitude < F32_INF) {
+        __m512 scales = _mm512_set1_ps(scale);
+        for (; i + 32 <= n; i += 32) {
+            __m512i low = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(q + i)));
+            __m512i high = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(q + i + 16)));
+            __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_cvtepi32_ps(high), scales),
+                                                   _mm512_mul_ps(_mm512_cvtepi32_ps(low), scales));
+            memcpy((uint16_t *)dst + i, &rounded, sizeof rounded);
+        }
+    }
+    dequantize_avx512(dtype, (char *)dst + i * xccl_kernel_itemsize(dtype), q + i, scale, n - i);
+}
+
+static const xccl_kernel_t kernel_avx512_bf16 = {
+    .name = "avx512",
+    .to_float32 = to_float32_avx512,
+    .from_float32 = from_float32_avx512,
+    .quantize = quantize_avx512,
+    .dequantize = dequantize_avx512_bf16,
+    .weighted_sum = weighted_sum_avx512,
+    .stream = stream_avx512,
+};
+
 static int has_avx2(void) {
     return __builtin_cpu_supports("avx2");
 }
@@ -201,6 +217,12 @@ static int has_avx512(void) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+static const xccl_kernel_t *get_avx512(void) {
+    if (!has_avx512())
+        return NULL;
+    return __builtin_cpu_supports("avx512bf16") ? &kernel_avx512_bf16 : &kernel_avx512;
+}
+
 const xccl_kernel_t *xccl_kernel_get(xccl_simd_t simd) {
     switch (simd) {
     case XCCL_SIMD_SCALAR:
@@ -208,9 +230,9 @@ const xccl_kernel_t *xccl_kernel_get(xccl_simd_t simd) {
     case XCCL_SIMD_AVX2:
         return has_avx2() ? &kernel_avx2 : NULL;
     case XCCL_SIMD_AVX512:
-        return has_avx512() ? &kernel_avx512 : NULL;
+        return get_avx512();
     case XCCL_SIMD_AUTO:
-        return has_avx512() ? &kernel_avx512 : has_avx2() ? &kernel_avx2 : &kernel_scalar;
+        return has_avx512() ? get_avx512() : has_avx2() ? &kernel_avx2 : &kernel_scalar;
     }
     return NULL;
 }

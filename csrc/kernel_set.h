@@ -91,9 +91,41 @@ TARGET static void NAME(from_float32)(xccl_dtype_t dtype, void *dst, const float
     BY_DTYPE(dtype, from_float32_body, dst, src, n);
 }
 
+/*
+ * Rounds to nearest even by adding 1.5 * 2^23, after which the integer stands in the low bits. |x| <= max and
+ * scale is a normal number within one rounding of max / 127, so |x * inverse| < 127 * (1 + 2^-21): the
+ * result lies in [-127, 127] without clipping.
+ */
+INLINE void NAME(quantize_elements)(xccl_dtype_t dtype, int8_t *restrict q, const void *restrict x, float inverse,
+                                    size_t n) {
+    const float shift = 0x1.8p23f;
+    size_t i = 0;
+    if (dtype != XCCL_FLOAT32)
+        for (; i + 2 * LANES <= n; i += 2 * LANES) {
+            words_t word;
+            floats_t even, odd;
+            memcpy(&word, (const uint16_t *)x + i, sizeof word);
+            NAME(split)(dtype, &word, &even, &odd);
+            words_t pair = ((words_t)(even * inverse + shift) & 0xff) | (words_t)(odd * inverse + shift) << 8;
+            halves_t pairs = __builtin_convertvector(pair, halves_t);
+            memcpy(q + i, &pairs, sizeof pairs);
+        }
+    for (; i < n; i++)
+        q[i] = (int8_t)(bits_of(load(dtype, x, i) * inverse + shift) & 0xff);
+}
+
+INLINE void NAME(quantize_body)(xccl_dtype_t dtype, int8_t *q, const void *x, size_t n, float *out_scale) {
+    float max = max_magnitude(dtype, x, n);
+    *out_scale = scale_of(max);
+    if (*out_scale > 0)
+        NAME(quantize_elements)(dtype, q, x, 1.0f / *out_scale, n);
+    else /* zero, or NaN */
+        memset(q, 0, n);
+}
+
 TARGET static float NAME(quantize)(xccl_dtype_t dtype, int8_t *q, const void *x, size_t n) {
     float scale = 0;
-    BY_DTYPE(dtype, quantize_body, q, x, n, &scale);
+    BY_DTYPE(dtype, NAME(quantize_body), q, x, n, &scale);
     return scale;
 }
 
