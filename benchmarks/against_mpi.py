@@ -20,7 +20,8 @@ import numpy as np
 from mpi4py import MPI
 
 import xccl
-from xccl.bench.machine import library_name, place
+from xccl.bench.libraries import library_name
+from xccl.bench.machine import place
 from xccl.bench.moe_twin import Twin
 from xccl.bench.timing import calibrate, calls_block, interleave
 

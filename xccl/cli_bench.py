@@ -11,6 +11,7 @@ from typing import Any
 
 import xccl
 from xccl.bench import plot, runner
+from xccl.bench.libraries import LIBRARIES
 from xccl.bench.machine import Machine
 from xccl.bench.operations import OPERATIONS
 from xccl.bench.row import Row
@@ -63,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
     arrays.add_argument("--symmetric", action="store_true", help="arrays in the global address space")
     arrays.add_argument("--ordinary", action="store_false", dest="symmetric", help="NumPy arrays (default)")
     parser.add_argument("--prepared", action="store_true", help="calls made by comm.prepare")
-    parser.add_argument("--vs", dest="versus", choices=["mpi"], help="the same by mpi4py, in turns, and the ratio")
+    parser.add_argument("--vs", dest="versus", choices=LIBRARIES, help="the same by mpi4py, in turns, and the ratio")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, machine and rows")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time and bandwidth against size")
     parser.set_defaults(main=main)
@@ -76,10 +77,11 @@ def main(options: argparse.Namespace) -> int:
         plot.require()
     started_by = launcher()
     ranks = _DEFAULT_RANKS if options.ranks is None else options.ranks
-    if settings.versus == "mpi" and started_by != "mpirun":
+    library = None if settings.versus is None else LIBRARIES[settings.versus]
+    if library is not None and library.needs_mpirun and started_by != "mpirun":
         raise XcclUsageError(
-            f"bench: --vs mpi needs ranks that mpirun started{_but(started_by)}: "
-            f"mpirun -n {ranks} python -m xccl.bench {settings.operation} --vs mpi"
+            f"bench: --vs {settings.versus} needs ranks that mpirun started{_but(started_by)}: "
+            f"mpirun -n {ranks} python -m xccl.bench {settings.operation} --vs {settings.versus}"
         )
     if started_by is None:
         machine, rows = _start_ranks(settings, ranks)
@@ -91,7 +93,7 @@ def main(options: argparse.Namespace) -> int:
     if options.json is not None:
         _write_json(options.json, settings, machine, rows)
     if options.plot is not None:
-        plot.draw(options.plot, machine, rows)
+        plot.draw(options.plot, machine, rows, None if library is None else library.label)
     return 1 if any(row.wrong for row in rows) else 0
 
 

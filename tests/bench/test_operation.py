@@ -32,8 +32,8 @@ def test_every_operation_says_what_its_size_means() -> None:
     for name, operation in OPERATIONS.items():
         assert name == operation.name
         assert operation.size
-        assert operation.mpi is None or operation.mpi.by_mpi
-        assert not operation.case.by_mpi
+        assert all(versus.case.is_twin and versus.does for versus in operation.versus.values())
+        assert not operation.case.is_twin
         assert operation.default_dtype in operation.dtypes
 
 

@@ -6,11 +6,11 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import xccl
+from xccl.bench.libraries import Library
 from xccl.communicator import Communicator
 
 
@@ -38,7 +38,7 @@ class Machine:
         return self.ranks > len(self.cores)
 
 
-def place(comm: Communicator, pin: bool | None, mpi: Any = None) -> Machine:
+def place(comm: Communicator, pin: bool | None, library: Library | None = None) -> Machine:
     """Pins this rank if asked to, or by default if each rank can have a core. Collective."""
     own = np.zeros(os.cpu_count() or 1, np.uint8)
     own[[core for core in os.sched_getaffinity(0) if core < own.size]] = 1
@@ -48,7 +48,7 @@ def place(comm: Communicator, pin: bool | None, mpi: Any = None) -> Machine:
     pinned = [cores[rank % len(cores)] for rank in range(comm.size)] if pin else []
     if pin:
         os.sched_setaffinity(0, {pinned[comm.rank]})
-    return Machine(_host(), cores, comm.size, pinned, _versions(mpi))
+    return Machine(_host(), cores, comm.size, pinned, _versions(library))
 
 
 def _host() -> str:
@@ -60,18 +60,13 @@ def _host() -> str:
     return model
 
 
-def _versions(mpi: Any) -> str:
+def _versions(library: Library | None) -> str:
     versions = [
         f"xccl {xccl.__version__}",
         f"Python {platform.python_version()}",
         f"NumPy {np.__version__}",
         f"Linux {platform.release()}",
     ]
-    if mpi is not None:
-        versions.append(library_name(mpi))
+    if library is not None:
+        versions.append(library.version)
     return ", ".join(versions)
-
-
-def library_name(mpi: Any) -> str:
-    """Name and version of the MPI that mpi4py uses."""
-    return str(mpi.Get_library_version()).split("\n")[0].split(",")[0].strip("\0 ")

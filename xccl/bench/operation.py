@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from xccl.bench.libraries import Library
 from xccl.bench.settings import DTYPES, Settings
 from xccl.communicator import Communicator
 
@@ -24,23 +25,28 @@ class Context:
     Attributes
     ----------
     comm : Communicator
-    mpi : module
-        mpi4py.MPI with --vs mpi, else None.
+    library : Library or None
+        What --vs compares with. Any, because a twin knows which one it is.
     settings : Settings
     dtype : numpy dtype
     """
 
-    def __init__(self, comm: Communicator, settings: Settings, dtype: str, mpi: Any = None) -> None:
+    def __init__(self, comm: Communicator, settings: Settings, dtype: str, library: Library | None = None) -> None:
         self.comm = comm
-        self.mpi = mpi
+        self.library: Any = library
         self.settings = settings
         self.dtype: np.dtype[Any] = np.dtype(DTYPES[dtype])
         self._symmetric: list[Any] = []
 
     @property
+    def mpi(self) -> Any:
+        """mpi4py.MPI, for a twin over MPI."""
+        return self.library.module
+
+    @property
     def world(self) -> Any:
         """MPI's communicator of all ranks."""
-        return self.mpi.COMM_WORLD
+        return self.library.world
 
     def empty(self, count: int, symmetric: bool) -> Array:
         """An array of `count` elements. Collective if it is symmetric."""
@@ -74,8 +80,8 @@ class Case(ABC):
     ----------
     calls : int
         Operations in one `run`: 2 for a ping-pong, whose half is one way.
-    by_mpi : bool
-        True in a twin: its arrays are never symmetric.
+    is_twin : bool
+        True if it runs by another library: its arrays are never symmetric.
     nbytes : int
         The size of the row.
     results : list of (array, expected array)
@@ -83,7 +89,7 @@ class Case(ABC):
     """
 
     calls = 1
-    by_mpi = False
+    is_twin = False
 
     def __init__(self, context: Context, count: int) -> None:
         self.context = context
@@ -119,7 +125,7 @@ class Case(ABC):
     @property
     def in_symmetric_memory(self) -> bool:
         """Whether arrays are symmetric that need not be."""
-        return self.context.settings.symmetric and not self.by_mpi
+        return self.context.settings.symmetric and not self.is_twin
 
     @abstractmethod
     def run(self, i: int) -> None:
@@ -131,8 +137,8 @@ class Case(ABC):
 
     def settle(self) -> None:
         """After a block, untimed. MPI moves what is left only inside its calls, and the next wait is one of xccl's."""
-        if self.by_mpi:
-            self.context.world.Barrier()
+        if self.is_twin:
+            self.context.library.barrier()
 
     def note(self) -> str | None:
         """What the reader of the row must know."""
@@ -152,6 +158,25 @@ class Case(ABC):
 
 
 @dataclass(frozen=True)
+class Versus:
+    """How another library does an operation.
+
+    Attributes
+    ----------
+    case : class
+        The twin.
+    does : str
+        What the twin calls.
+    dtypes : tuple of str
+        Those that it can carry.
+    """
+
+    case: type[Case]
+    does: str
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+
+
+@dataclass(frozen=True)
 class Operation:
     """The record of an operation.
 
@@ -163,12 +188,10 @@ class Operation:
         Bus bandwidth / algorithm bandwidth on so many ranks. It times size is what crosses a rank's link at least.
     counts : callable
         The counts (of elements, or what the case takes) to measure, from settings, bytes of an element, ranks.
-    mpi : class or None
-        The twin over MPI.
-    mpi_does : str
-        What the twin calls.
-    dtypes, mpi_dtypes : tuple of str
-        Those that the operation and its twin can carry.
+    versus : mapping
+        What --vs has for this operation, by the names of LIBRARIES.
+    dtypes : tuple of str
+        Those that the operation can carry.
     can_prepare : bool
         Whether its case makes its calls with `Case.call`.
     """
@@ -178,12 +201,10 @@ class Operation:
     factor: Callable[[int], float]
     counts: Callable[[Settings, int, int], Sequence[int]]
     case: type[Case]
-    mpi: type[Case] | None
-    mpi_does: str
+    versus: Mapping[str, Versus] = field(default_factory=dict)
     min_ranks: int = 1
     dtypes: tuple[str, ...] = tuple(DTYPES)
     default_dtype: str = "float32"
-    mpi_dtypes: tuple[str, ...] = tuple(DTYPES)
     can_prepare: bool = False
 
 

@@ -16,8 +16,8 @@ def require() -> None:
         raise XcclUsageError("bench: --plot needs matplotlib: pip install 'xccl[bench]'")
 
 
-def draw(path: Path, machine: Machine, rows: list[Row]) -> None:
-    """Writes the figure; its suffix says the format."""
+def draw(path: Path, machine: Machine, rows: list[Row], label: str | None = None) -> None:
+    """Writes the figure; its suffix says the format. `label` is the library that was compared with."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -28,10 +28,10 @@ def draw(path: Path, machine: Machine, rows: list[Row]) -> None:
     time.plot(sizes, [row.ours.p50 for row in rows], "o-", label="xccl")
     time.plot(sizes, [row.floor_us for row in rows], ":", color="gray", label="floor")
     bandwidth.plot(sizes, [row.busbw for row in rows], "o-", label="xccl")
-    theirs = [(row, row.mpi) for row in rows if row.mpi is not None]
+    theirs = [(row, row.theirs) for row in rows if row.theirs is not None]
     if theirs:
-        time.plot(sizes, [mpi.p50 for _, mpi in theirs], "s--", label="MPI")
-        bandwidth.plot(sizes, [row.busbw * row.ours.p50 / mpi.p50 for row, mpi in theirs], "s--", label="MPI")
+        time.plot(sizes, [other.p50 for _, other in theirs], "s--", label=label)
+        bandwidth.plot(sizes, [row.busbw * row.ours.p50 / other.p50 for row, other in theirs], "s--", label=label)
     time.set(xscale="log", yscale="log", xlabel="size (bytes)", ylabel="time, median (µs)")
     bandwidth.set(xscale="log", xlabel="size (bytes)", ylabel="bus bandwidth (GB/s)")
     for axes in (time, bandwidth):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xccl.bench.floors import Floors
+from xccl.bench.libraries import LIBRARIES
 from xccl.bench.machine import Machine
 from xccl.bench.operation import Operation
 from xccl.bench.settings import Settings
@@ -30,8 +31,8 @@ class Row:
         Bus bandwidth / algorithm bandwidth.
     floor_us : float
         Least time of the operation on this machine.
-    ours, mpi : Times
-        mpi is None without --vs mpi.
+    ours, theirs : Times
+        theirs is None without --vs.
     """
 
     operation: str
@@ -41,7 +42,7 @@ class Row:
     factor: float
     floor_us: float
     ours: Times
-    mpi: Times | None = None
+    theirs: Times | None = None
     note: str | None = None
 
     @property
@@ -56,13 +57,13 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """p50 / p50 of MPI: below 1 is faster than MPI."""
-        return None if self.mpi is None else self.ours.p50 / self.mpi.p50
+        """p50 / p50 of the other library: below 1 is faster than it."""
+        return None if self.theirs is None else self.ours.p50 / self.theirs.p50
 
     @property
     def wrong(self) -> int:
         """Wrong elements of both libraries."""
-        return self.ours.wrong + (0 if self.mpi is None else self.mpi.wrong)
+        return self.ours.wrong + (0 if self.theirs is None else self.theirs.wrong)
 
     def text(self) -> str:
         """The row as it is printed, below `titles`."""
@@ -72,15 +73,14 @@ class Row:
             f" {_us(self.ours.min)} {_us(self.ours.p50)} {_us(self.ours.p99)}"
             f" {self.algbw:8.2f} {self.busbw:8.2f} {_us(self.floor_us)} {over_floor} {self.ours.wrong:>7}"
         )
-        if self.mpi is not None:
-            text += (
-                f" {_us(self.mpi.min)} {_us(self.mpi.p50)} {_us(self.mpi.p99)} {self.ratio:7.2f} {self.mpi.wrong:>7}"
-            )
+        if self.theirs is not None:
+            theirs = self.theirs
+            text += f" {_us(theirs.min)} {_us(theirs.p50)} {_us(theirs.p99)} {self.ratio:7.2f} {theirs.wrong:>7}"
         return text
 
 
-def titles(versus: bool) -> list[str]:
-    """Two lines above the rows."""
+def titles(label: str | None) -> list[str]:
+    """Two lines above the rows, with columns of the library that is called `label`."""
     units = (
         f"#{'(B)':>11} {'':>11} {'':>9} {'(us)':>9} {'(us)':>9} {'(us)':>9} {'(GB/s)':>8} {'(GB/s)':>8} {'(us)':>9} "
     )
@@ -88,9 +88,9 @@ def titles(versus: bool) -> list[str]:
         f"#{'size':>11} {'count':>11} {'type':>9} {'min':>9} {'p50':>9} {'p99':>9} {'algbw':>8} {'busbw':>8}"
         f" {'floor':>9} {'p50/floor':>9} {'#wrong':>7}"
     )
-    if versus:
+    if label is not None:
         units += f"{'':>9} {'':>7} {'(us)':>9} {'(us)':>9} {'(us)':>9}"
-        names += f" {'MPI min':>9} {'MPI p50':>9} {'MPI p99':>9} {'ratio':>7} {'#wrong':>7}"
+        names += "".join(f" {label + ' ' + name:>9}" for name in ("min", "p50", "p99")) + f" {'ratio':>7} {'#wrong':>7}"
     return [names, units.rstrip()]
 
 
@@ -110,9 +110,11 @@ def header(operation: Operation, settings: Settings, machine: Machine, floors: F
         f"# bandwidth: algbw = size / p50, busbw = algbw * {operation.factor(machine.ranks):.3g}",
         f"# floor: {line} for a cache line from core to core, plus busbw's bytes at the speed of memcpy on all ranks",
     ]
-    if settings.versus is not None:
-        lines.append(f"# ratio: p50 / p50 of MPI, blocks in turn; MPI calls {operation.mpi_does}, ordinary arrays")
-    return lines + titles(settings.versus is not None)
+    if settings.versus is None:
+        return lines + titles(None)
+    label, does = LIBRARIES[settings.versus].label, operation.versus[settings.versus].does
+    lines.append(f"# ratio: p50 / p50 of {label}, blocks in turn; {label} calls {does}, ordinary arrays")
+    return lines + titles(label)
 
 
 def _us(value: float) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import numpy as np
 
 from xccl.bench.floors import Floors
+from xccl.bench.libraries import LIBRARIES
 from xccl.bench.machine import Machine, place
 from xccl.bench.operation import Case, Context, Operation
 from xccl.bench.operations import OPERATIONS
@@ -33,29 +33,39 @@ def find(settings: Settings, ranks: int) -> tuple[Operation, str]:
     if settings.prepared and not operation.can_prepare:
         able = ", ".join(each.name for each in OPERATIONS.values() if each.can_prepare)
         raise XcclUsageError(f"bench: --prepared is for {able}; got {operation.name}")
-    if settings.versus is not None and operation.mpi is None:
-        raise XcclUsageError(f"bench: {operation.name} has nothing to be compared with in MPI: leave out --vs")
-    if settings.versus is not None and dtype not in operation.mpi_dtypes:
-        raise XcclUsageError(
-            f"bench: MPI cannot do {operation.name} of {dtype}: --dtype is one of {', '.join(operation.mpi_dtypes)}"
-        )
+    if settings.versus is not None:
+        _check_versus(operation, dtype, settings.versus)
     return operation, dtype
+
+
+def _check_versus(operation: Operation, dtype: str, versus: str) -> None:
+    twin = operation.versus.get(versus)
+    if twin is None:
+        able = ", ".join(each.name for each in OPERATIONS.values() if versus in each.versus)
+        raise XcclUsageError(f"bench: {operation.name} has no counterpart for --vs {versus}, which can do {able}")
+    if dtype not in twin.dtypes:
+        raise XcclUsageError(
+            f"bench: {LIBRARIES[versus].label} cannot do {operation.name} of {dtype}: "
+            f"--dtype is one of {', '.join(twin.dtypes)}"
+        )
 
 
 def run(comm: Communicator, settings: Settings) -> tuple[Machine, list[Row]]:
     """Measures and, on rank 0, prints each row as soon as it is there. Collective; the same rows on all ranks."""
     operation, dtype = find(settings, comm.size)
-    mpi = _mpi() if settings.versus == "mpi" else None
-    machine = place(comm, settings.pin, mpi)
+    library = None if settings.versus is None else LIBRARIES[settings.versus](comm)
+    machine = place(comm, settings.pin, library)
     floors = Floors(comm, settings.buffers)
     _say(comm, header(operation, settings, machine, floors))
     rows = []
-    context = Context(comm, settings, dtype, mpi)
+    context = Context(comm, settings, dtype, library)
     for count in operation.counts(settings, context.dtype.itemsize, comm.size):
         row = measure(context, operation, dtype, count, floors)
         _say(comm, [] if row.note is None else [f"# {row.note}"])
         _say(comm, [row.text()])
         rows.append(row)
+    if library is not None:
+        library.close()
     wrong = sum(row.wrong for row in rows)
     if wrong:
         _say(comm, [f"# {wrong} wrong elements: the times of those rows mean nothing"])
@@ -65,7 +75,7 @@ def run(comm: Communicator, settings: Settings) -> tuple[Machine, list[Row]]:
 def measure(context: Context, operation: Operation, dtype: str, count: int, floors: Floors) -> Row:
     """One row. Collective."""
     comm, settings = context.comm, context.settings
-    classes = [operation.case] + ([operation.mpi] if settings.versus is not None and operation.mpi is not None else [])
+    classes = [operation.case] + ([] if settings.versus is None else [operation.versus[settings.versus].case])
     cases = [case(context, count) for case in classes]
     for case in cases:
         case.settle()
@@ -104,14 +114,6 @@ def _block(case: Case) -> Block:
         return seconds
 
     return settled
-
-
-def _mpi() -> Any:
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise XcclUsageError(f"bench: --vs mpi needs mpi4py ({error}): pip install 'xccl[mpi]'") from error
-    return MPI
 
 
 def _say(comm: Communicator, lines: list[str]) -> None:

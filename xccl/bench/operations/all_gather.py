@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from xccl.bench.operation import Array, Operation, divisible_elements, pattern, peers_factor
+from xccl.bench.operation import Array, Operation, Versus, divisible_elements, pattern, peers_factor
 from xccl.bench.operations.exchange import BytesByMpi, Exchange
 
 
@@ -34,7 +34,6 @@ OPERATION = Operation(
     factor=peers_factor,
     counts=divisible_elements,
     case=AllGather,
-    mpi=MpiAllGather,
-    mpi_does="Allgather",
+    versus={"mpi": Versus(MpiAllGather, "Allgather")},
     can_prepare=True,
 )

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from xccl.bench.operation import MPI_SUM_DTYPES, Array, Operation, all_reduce_factor, elements, pattern, pattern_sum
+from xccl.bench.operation import (
+    MPI_SUM_DTYPES,
+    Array,
+    Operation,
+    Versus,
+    all_reduce_factor,
+    elements,
+    pattern,
+    pattern_sum,
+)
 from xccl.bench.operations.exchange import Exchange
 
 
@@ -20,7 +29,7 @@ class AllReduce(Exchange):
 class MpiAllReduce(AllReduce):
     """By Allreduce."""
 
-    by_mpi = True
+    is_twin = True
 
     def run(self, i: int) -> None:
         self.context.world.Allreduce(*self.pairs[i % self.buffers])
@@ -32,8 +41,6 @@ OPERATION = Operation(
     factor=all_reduce_factor,
     counts=elements,
     case=AllReduce,
-    mpi=MpiAllReduce,
-    mpi_does="Allreduce",
-    mpi_dtypes=MPI_SUM_DTYPES,
+    versus={"mpi": Versus(MpiAllReduce, "Allreduce", MPI_SUM_DTYPES)},
     can_prepare=True,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from xccl.bench.operation import Array, Operation, divisible_elements, pattern, peers_factor
+from xccl.bench.operation import Array, Operation, Versus, divisible_elements, pattern, peers_factor
 from xccl.bench.operations.exchange import BytesByMpi, Exchange
 
 
@@ -33,7 +33,6 @@ OPERATION = Operation(
     factor=peers_factor,
     counts=divisible_elements,
     case=AllToAll,
-    mpi=MpiAllToAll,
-    mpi_does="Alltoall",
+    versus={"mpi": Versus(MpiAllToAll, "Alltoall")},
     can_prepare=True,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from xccl.bench.operation import Case, Operation, as_bytes, elements, pattern, unit_factor
+from xccl.bench.operation import Case, Operation, Versus, as_bytes, elements, pattern, unit_factor
 
 
 def uneven_counts(count: int, ranks: int) -> NDArray[np.int64]:
@@ -44,7 +44,7 @@ class AllToAllV(Case):
 class MpiAllToAllV(AllToAllV):
     """By Alltoallv."""
 
-    by_mpi = True
+    is_twin = True
 
     def prepare(self) -> None:
         super().prepare()
@@ -66,6 +66,5 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=elements,
     case=AllToAllV,
-    mpi=MpiAllToAllV,
-    mpi_does="Alltoallv",
+    versus={"mpi": Versus(MpiAllToAllV, "Alltoallv")},
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from xccl.bench.operation import Operation, elements, unit_factor
+from xccl.bench.operation import Operation, Versus, elements, unit_factor
 from xccl.bench.operations.pairs import PairCase
 
 WINDOW = 64  # messages between two acknowledgements
@@ -42,7 +42,7 @@ class Bandwidth(PairCase):
 class MpiBandwidth(Bandwidth):
     """By Isend, Irecv and Waitall."""
 
-    by_mpi = True
+    is_twin = True
 
     def run(self, i: int) -> None:
         if self.idle:
@@ -65,7 +65,6 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=elements,
     case=Bandwidth,
-    mpi=MpiBandwidth,
-    mpi_does="Isend, Irecv and Waitall",
+    versus={"mpi": Versus(MpiBandwidth, "Isend, Irecv and Waitall")},
     min_ranks=2,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from xccl.bench.operation import Case, Operation, once, unit_factor
+from xccl.bench.operation import Case, Operation, Versus, once, unit_factor
 
 _CHECKS = 5
 
@@ -34,7 +34,7 @@ class Barrier(Case):
 class MpiBarrier(Barrier):
     """By Barrier."""
 
-    by_mpi = True
+    is_twin = True
 
     def run(self, i: int) -> None:
         self.context.world.Barrier()
@@ -46,7 +46,6 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=once,
     case=Barrier,
-    mpi=MpiBarrier,
-    mpi_does="Barrier",
+    versus={"mpi": Versus(MpiBarrier, "Barrier")},
     can_prepare=True,
 )

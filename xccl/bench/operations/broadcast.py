@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xccl.bench.operation import Case, Operation, as_bytes, elements, pattern, unit_factor
+from xccl.bench.operation import Case, Operation, Versus, as_bytes, elements, pattern, unit_factor
 
 ROOT = 0
 
@@ -19,7 +19,7 @@ class Broadcast(Case):
             else:
                 self.arrays.append(self.receive(content))
 
-        if not self.by_mpi:
+        if not self.is_twin:
             self.ready = [self.call("broadcast", a, ROOT) for a in self.arrays]
 
     def run(self, i: int) -> None:
@@ -29,7 +29,7 @@ class Broadcast(Case):
 class MpiBroadcast(Broadcast):
     """By Bcast."""
 
-    by_mpi = True
+    is_twin = True
 
     def prepare(self) -> None:
         super().prepare()
@@ -45,7 +45,6 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=elements,
     case=Broadcast,
-    mpi=MpiBroadcast,
-    mpi_does="Bcast",
+    versus={"mpi": Versus(MpiBroadcast, "Bcast")},
     can_prepare=True,
 )

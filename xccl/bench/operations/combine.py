@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xccl.bench.operation import Operation, unit_factor
+from xccl.bench.operation import Operation, Versus, unit_factor
 from xccl.bench.operations.moe_case import MOE_DTYPES, MoeCase, MpiMoeCase, token_counts
 
 
@@ -29,9 +29,7 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=token_counts,
     case=Combine,
-    mpi=MpiCombine,
-    mpi_does="Alltoallv of rows, and NumPy",
+    versus={"mpi": Versus(MpiCombine, "Alltoallv of rows, and NumPy")},
     dtypes=MOE_DTYPES,
     default_dtype="int8",
-    mpi_dtypes=MOE_DTYPES,
 )

@@ -19,7 +19,7 @@ class Exchange(Case):
 
     def prepare(self) -> None:
         self.pairs = [self.pair(buffer) for buffer in range(self.buffers)]
-        if not self.by_mpi:
+        if not self.is_twin:
             self.ready = [self.call(self.method, x, out=out) for x, out in self.pairs]
 
     def run(self, i: int) -> None:
@@ -29,7 +29,7 @@ class Exchange(Case):
 class BytesByMpi(Exchange):
     """A twin that hands its arrays to MPI as bytes: MPI knows not every dtype."""
 
-    by_mpi = True
+    is_twin = True
 
     def prepare(self) -> None:
         super().prepare()

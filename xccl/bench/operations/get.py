@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xccl.bench.operation import Operation, elements, unit_factor
+from xccl.bench.operation import Operation, Versus, elements, unit_factor
 from xccl.bench.operations.pairs import PairCase, WindowCase
 
 
@@ -48,8 +48,7 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=elements,
     case=Get,
-    mpi=MpiGet,
-    mpi_does="Get and Flush in a window of Win.Allocate",
+    versus={"mpi": Versus(MpiGet, "Get and Flush in a window of Win.Allocate")},
     min_ranks=2,
     can_prepare=True,
 )

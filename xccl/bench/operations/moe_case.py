@@ -135,7 +135,7 @@ class MoeCase(Case):
 class MpiMoeCase(MoeCase):
     """The same as people write it with NumPy and MPI."""
 
-    by_mpi = True
+    is_twin = True
 
     def open(self) -> None:
         shape = self.shape

@@ -30,7 +30,7 @@ class PairCase(Case):
         for buffer in range(self.buffers):
             x = self.source(pattern(rank, buffer, self.count, dtype), symmetric=self.symmetric_source)
             out = self.receive(pattern(self.peer, buffer, self.count, dtype), symmetric=self.symmetric_out)
-            self.pairs.append((as_bytes(x), as_bytes(out)) if self.by_mpi else (x, out))
+            self.pairs.append((as_bytes(x), as_bytes(out)) if self.is_twin else (x, out))
         if self.idle:
             self.results.clear()
 
@@ -38,7 +38,7 @@ class PairCase(Case):
 class WindowCase(PairCase):
     """A pair over MPI's one-sided operations: what the peer writes or reads lies in a window."""
 
-    by_mpi = True
+    is_twin = True
 
     def prepare(self) -> None:
         super().prepare()

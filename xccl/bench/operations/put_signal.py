@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xccl.bench.operation import Operation, elements, unit_factor
+from xccl.bench.operation import Operation, Versus, elements, unit_factor
 from xccl.bench.operations.pairs import PairCase
 from xccl.bench.operations.put import MpiPut
 
@@ -37,7 +37,6 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=elements,
     case=PutSignal,
-    mpi=MpiPut,
-    mpi_does="Put and Flush, of which the receiver sees nothing",
+    versus={"mpi": Versus(MpiPut, "Put and Flush, of which the receiver sees nothing")},
     min_ranks=2,
 )

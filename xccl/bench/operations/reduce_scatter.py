@@ -6,6 +6,7 @@ from xccl.bench.operation import (
     MPI_SUM_DTYPES,
     Array,
     Operation,
+    Versus,
     divisible_elements,
     pattern,
     pattern_sum,
@@ -29,7 +30,7 @@ class ReduceScatter(Exchange):
 class MpiReduceScatter(ReduceScatter):
     """By Reduce_scatter_block."""
 
-    by_mpi = True
+    is_twin = True
 
     def run(self, i: int) -> None:
         self.context.world.Reduce_scatter_block(*self.pairs[i % self.buffers])
@@ -41,8 +42,6 @@ OPERATION = Operation(
     factor=peers_factor,
     counts=divisible_elements,
     case=ReduceScatter,
-    mpi=MpiReduceScatter,
-    mpi_does="Reduce_scatter_block",
-    mpi_dtypes=MPI_SUM_DTYPES,
+    versus={"mpi": Versus(MpiReduceScatter, "Reduce_scatter_block", MPI_SUM_DTYPES)},
     can_prepare=True,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from xccl.bench.operation import Operation, elements, unit_factor
+from xccl.bench.operation import Operation, Versus, elements, unit_factor
 from xccl.bench.operations.pairs import PairCase
 
 
@@ -31,7 +31,7 @@ class MpiSend(PairCase):
     """By Send and Recv."""
 
     calls = 2
-    by_mpi = True
+    is_twin = True
 
     def run(self, i: int) -> None:
         x, out = self.pairs[i % self.buffers]
@@ -52,8 +52,7 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=elements,
     case=Send,
-    mpi=MpiSend,
-    mpi_does="Send and Recv",
+    versus={"mpi": Versus(MpiSend, "Send and Recv")},
     min_ranks=2,
     can_prepare=True,
 )
