@@ -25,7 +25,8 @@ _DEFAULT_RANKS = 2
 
 _EPILOG = """\
 Every row is checked: if anything arrived wrong, #wrong says how much and the exit code is 1.
-Against MPI:  mpirun -n 4 python -m xccl.bench all_to_all --vs mpi
+Against MPI:   mpirun -n 4 python -m xccl.bench all_to_all --vs mpi
+Against gloo:  xccl bench all_to_all -n 4 --vs gloo
 """
 
 
@@ -64,7 +65,12 @@ def add_parser(subparsers: Any) -> None:
     arrays.add_argument("--symmetric", action="store_true", help="arrays in the global address space")
     arrays.add_argument("--ordinary", action="store_false", dest="symmetric", help="NumPy arrays (default)")
     parser.add_argument("--prepared", action="store_true", help="calls made by comm.prepare")
-    parser.add_argument("--vs", dest="versus", choices=LIBRARIES, help="the same by mpi4py, in turns, and the ratio")
+    parser.add_argument(
+        "--vs",
+        dest="versus",
+        choices=LIBRARIES,
+        help="the same by mpi4py or torch.distributed, in turns, and the ratio",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, machine and rows")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time and bandwidth against size")
     parser.set_defaults(main=main)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from abc import ABC, abstractmethod
+from datetime import timedelta
 from typing import Any, ClassVar
+
+import numpy as np
 
 from xccl.communicator import Communicator
 from xccl.errors import XcclUsageError
+
+_GLOO_SECONDS = 60  # nobody waits for ever
 
 
 class Library(ABC):
@@ -25,6 +33,10 @@ class Library(ABC):
     label: ClassVar[str]
     needs_mpirun: ClassVar[bool] = False
     version: str
+
+    @classmethod  # noqa: B027 - mpirun comes with its MPI
+    def require(cls) -> None:
+        """Raises XcclUsageError if it is not installed: before ranks are started, not in each of them."""
 
     @abstractmethod
     def __init__(self, comm: Communicator) -> None: ...
@@ -64,7 +76,57 @@ class Mpi(Library):
         self.world.Barrier()
 
 
-LIBRARIES: dict[str, type[Library]] = {"mpi": Mpi}
+class Gloo(Library):
+    """gloo through torch.distributed. It moves everything over TCP, here through the loopback device.
+
+    Attributes
+    ----------
+    distributed : torch.distributed
+    """
+
+    label = "gloo"
+
+    @classmethod
+    def require(cls) -> None:
+        """Raises XcclUsageError without PyTorch."""
+        if importlib.util.find_spec("torch") is None:
+            raise XcclUsageError("bench: --vs gloo needs PyTorch: pip install 'xccl[torch]'")
+
+    def __init__(self, comm: Communicator) -> None:
+        # Its default is the device of the host's name, which need not be one that reaches this host.
+        device = os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        self.torch: Any = importlib.import_module("torch")  # seconds, so only where it is wanted
+        self.distributed: Any = importlib.import_module("torch.distributed")
+        distributed = self.distributed
+        self.version = f"gloo of torch {self.torch.__version__} over TCP, device {device}"
+        limit = timedelta(seconds=_GLOO_SECONDS)
+        address = "127.0.0.1"
+        if comm.rank == 0:
+            store = distributed.TCPStore(address, 0, comm.size, is_master=True, timeout=limit, wait_for_workers=False)
+        port = int(comm.broadcast(np.array([store.port if comm.rank == 0 else 0]), 0)[0])
+        if comm.rank != 0:
+            store = distributed.TCPStore(address, port, comm.size, is_master=False, timeout=limit)
+        distributed.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size, timeout=limit)
+
+    def tensor(self, a: np.ndarray[Any, Any]) -> Any:
+        """A tensor on the memory of an array."""
+        return self.torch.from_numpy(a)
+
+    def function(self, *names: str) -> Any:
+        """The first of these functions of torch.distributed that is there: some were renamed."""
+        return next(getattr(self.distributed, name) for name in names if hasattr(self.distributed, name))
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        self.distributed.barrier()
+
+    def close(self) -> None:
+        """Closes the connections. Collective."""
+        self.distributed.barrier()  # rank 0 has the store
+        self.distributed.destroy_process_group()
+
+
+LIBRARIES: dict[str, type[Library]] = {"mpi": Mpi, "gloo": Gloo}
 
 
 def library_name(mpi: Any) -> str:

@@ -16,7 +16,8 @@ from xccl.communicator import Communicator
 
 Array = np.ndarray[Any, Any]
 
-MPI_SUM_DTYPES = ("int8", "uint8", "int32", "int64", "float32", "float64")  # that MPI can reduce
+# MPI reduces no others, and gloo rounds the 16-bit ones more than once
+COMMON_SUM_DTYPES = ("int8", "uint8", "int32", "int64", "float32", "float64")
 
 
 class Context:

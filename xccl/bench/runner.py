@@ -39,14 +39,14 @@ def find(settings: Settings, ranks: int) -> tuple[Operation, str]:
 
 
 def _check_versus(operation: Operation, dtype: str, versus: str) -> None:
-    twin = operation.versus.get(versus)
+    twin, library = operation.versus.get(versus), LIBRARIES[versus]
     if twin is None:
         able = ", ".join(each.name for each in OPERATIONS.values() if versus in each.versus)
-        raise XcclUsageError(f"bench: {operation.name} has no counterpart for --vs {versus}, which can do {able}")
+        raise XcclUsageError(f"bench: {library.label} has no {operation.name}; --vs {versus} is for {able}")
+    library.require()
     if dtype not in twin.dtypes:
         raise XcclUsageError(
-            f"bench: {LIBRARIES[versus].label} cannot do {operation.name} of {dtype}: "
-            f"--dtype is one of {', '.join(twin.dtypes)}"
+            f"bench: {library.label} cannot do {operation.name} of {dtype}: --dtype is one of {', '.join(twin.dtypes)}"
         )
 
 

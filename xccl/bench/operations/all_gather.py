@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
-from xccl.bench.operation import Array, Operation, Versus, divisible_elements, pattern, peers_factor
-from xccl.bench.operations.exchange import BytesByMpi, Exchange
+from xccl.bench.operation import Array, Operation, Versus, as_bytes, divisible_elements, pattern, peers_factor
+from xccl.bench.operations.exchange import Exchange
 
 
 class AllGather(Exchange):
@@ -21,11 +24,24 @@ class AllGather(Exchange):
         return self.source(parts[self.comm.rank]), out.reshape(size, part)
 
 
-class MpiAllGather(BytesByMpi, AllGather):
+class MpiAllGather(AllGather):
     """By Allgather."""
 
-    def run(self, i: int) -> None:
-        self.context.world.Allgather(*self.pairs[i % self.buffers])
+    is_twin = True
+
+    def call_of(self, x: Array, out: Array) -> Callable[[], object]:
+        return partial(self.context.world.Allgather, as_bytes(x), as_bytes(out))
+
+
+class GlooAllGather(AllGather):
+    """By all_gather_single, which was all_gather_into_tensor."""
+
+    is_twin = True
+
+    def call_of(self, x: Array, out: Array) -> Callable[[], object]:
+        gloo = self.context.library
+        gather = gloo.function("all_gather_single", "all_gather_into_tensor")
+        return partial(gather, gloo.tensor(as_bytes(out)), gloo.tensor(as_bytes(x)))
 
 
 OPERATION = Operation(
@@ -34,6 +50,6 @@ OPERATION = Operation(
     factor=peers_factor,
     counts=divisible_elements,
     case=AllGather,
-    versus={"mpi": Versus(MpiAllGather, "Allgather")},
+    versus={"mpi": Versus(MpiAllGather, "Allgather"), "gloo": Versus(GlooAllGather, "all_gather_single")},
     can_prepare=True,
 )

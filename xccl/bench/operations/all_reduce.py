@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 from xccl.bench.operation import (
-    MPI_SUM_DTYPES,
+    COMMON_SUM_DTYPES,
     Array,
     Operation,
     Versus,
@@ -31,8 +35,23 @@ class MpiAllReduce(AllReduce):
 
     is_twin = True
 
-    def run(self, i: int) -> None:
-        self.context.world.Allreduce(*self.pairs[i % self.buffers])
+    def call_of(self, x: Array, out: Array) -> Callable[[], object]:
+        return partial(self.context.world.Allreduce, x, out)
+
+
+class GlooAllReduce(AllReduce):
+    """By all_reduce, which works in place: a copy comes before it."""
+
+    is_twin = True
+
+    def call_of(self, x: Array, out: Array) -> Callable[[], object]:
+        gloo = self.context.library
+        return partial(_copy_and_reduce, gloo.distributed.all_reduce, gloo.tensor(x), gloo.tensor(out))
+
+
+def _copy_and_reduce(all_reduce: Callable[[Any], object], x: Any, out: Any) -> None:
+    out.copy_(x)
+    all_reduce(out)
 
 
 OPERATION = Operation(
@@ -41,6 +60,9 @@ OPERATION = Operation(
     factor=all_reduce_factor,
     counts=elements,
     case=AllReduce,
-    versus={"mpi": Versus(MpiAllReduce, "Allreduce", MPI_SUM_DTYPES)},
+    versus={
+        "mpi": Versus(MpiAllReduce, "Allreduce", COMMON_SUM_DTYPES),
+        "gloo": Versus(GlooAllReduce, "a copy and all_reduce in place", COMMON_SUM_DTYPES),
+    },
     can_prepare=True,
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
-from xccl.bench.operation import Array, Operation, Versus, divisible_elements, pattern, peers_factor
-from xccl.bench.operations.exchange import BytesByMpi, Exchange
+from xccl.bench.operation import Array, Operation, Versus, as_bytes, divisible_elements, pattern, peers_factor
+from xccl.bench.operations.exchange import Exchange
 
 
 class AllToAll(Exchange):
@@ -20,11 +23,23 @@ class AllToAll(Exchange):
         return self.source(pattern(rank, buffer, self.count, dtype)), self.receive(np.concatenate(arriving))
 
 
-class MpiAllToAll(BytesByMpi, AllToAll):
+class MpiAllToAll(AllToAll):
     """By Alltoall."""
 
-    def run(self, i: int) -> None:
-        self.context.world.Alltoall(*self.pairs[i % self.buffers])
+    is_twin = True
+
+    def call_of(self, x: Array, out: Array) -> Callable[[], object]:
+        return partial(self.context.world.Alltoall, as_bytes(x), as_bytes(out))
+
+
+class GlooAllToAll(AllToAll):
+    """By all_to_all_single."""
+
+    is_twin = True
+
+    def call_of(self, x: Array, out: Array) -> Callable[[], object]:
+        gloo = self.context.library
+        return partial(gloo.distributed.all_to_all_single, gloo.tensor(as_bytes(out)), gloo.tensor(as_bytes(x)))
 
 
 OPERATION = Operation(
@@ -33,6 +48,6 @@ OPERATION = Operation(
     factor=peers_factor,
     counts=divisible_elements,
     case=AllToAll,
-    versus={"mpi": Versus(MpiAllToAll, "Alltoall")},
+    versus={"mpi": Versus(MpiAllToAll, "Alltoall"), "gloo": Versus(GlooAllToAll, "all_to_all_single")},
     can_prepare=True,
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
-from xccl.bench.operation import Case, Operation, Versus, as_bytes, elements, pattern, unit_factor
+from xccl.bench.operation import Array, Case, Operation, Versus, as_bytes, elements, pattern, unit_factor
 
 
 def uneven_counts(count: int, ranks: int) -> NDArray[np.int64]:
@@ -24,7 +27,7 @@ class AllToAllV(Case):
         self.send_counts, self.recv_counts = counts[rank].copy(), counts[:, rank].copy()
         longest = int(max(counts.sum(axis=0).max(), counts.sum(axis=1).max()))
         self.nbytes = longest * dtype.itemsize
-        self.pairs = []
+        pairs = []
         for buffer in range(self.buffers):
             arriving = [
                 pattern(peer, buffer, int(counts[peer, rank]), dtype, int(starts[peer, rank])) for peer in range(size)
@@ -34,11 +37,16 @@ class AllToAllV(Case):
             whole = self.context.empty(longest, self.in_symmetric_memory)
             out = whole[: self.recv_counts.sum()]
             self.results.append((out, np.concatenate(arriving)))
-            self.pairs.append((x, out))
+            pairs.append((x, out))
+
+        self.ready = [self.call_of(x, out) for x, out in pairs]
+
+    def call_of(self, x: Array, out: Array) -> Callable[[], object]:
+        """The call on one set of arrays; a twin has its own."""
+        return self.call("all_to_all_v", x, self.send_counts, self.recv_counts, out=out)
 
     def run(self, i: int) -> None:
-        x, out = self.pairs[i % self.buffers]
-        self.comm.all_to_all_v(x, self.send_counts, self.recv_counts, out=out)
+        self.ready[i % self.buffers]()
 
 
 class MpiAllToAllV(AllToAllV):
@@ -46,18 +54,24 @@ class MpiAllToAllV(AllToAllV):
 
     is_twin = True
 
-    def prepare(self) -> None:
-        super().prepare()
-        width = self.context.dtype.itemsize
-        send, receive = self.send_counts * width, self.recv_counts * width
-        layouts = [(counts, np.cumsum(counts) - counts) for counts in (send, receive)]
-        byte = self.context.mpi.BYTE
-        self.messages = [
-            tuple([as_bytes(a), *layout, byte] for a, layout in zip(pair, layouts, strict=True)) for pair in self.pairs
-        ]
+    def call_of(self, x: Array, out: Array) -> Callable[[], object]:
+        width, byte = self.context.dtype.itemsize, self.context.mpi.BYTE
+        messages = []
+        for a, counts in ((x, self.send_counts * width), (out, self.recv_counts * width)):
+            messages.append([as_bytes(a), counts, np.cumsum(counts) - counts, byte])
+        return partial(self.context.world.Alltoallv, *messages)
 
-    def run(self, i: int) -> None:
-        self.context.world.Alltoallv(*self.messages[i % self.buffers])
+
+class GlooAllToAllV(AllToAllV):
+    """By all_to_all_single with split sizes."""
+
+    is_twin = True
+
+    def call_of(self, x: Array, out: Array) -> Callable[[], object]:
+        width, gloo = self.context.dtype.itemsize, self.context.library
+        splits = [(counts * width).tolist() for counts in (self.recv_counts, self.send_counts)]
+        tensors = [gloo.tensor(as_bytes(a)) for a in (out, x)]
+        return partial(gloo.distributed.all_to_all_single, *tensors, *splits)
 
 
 OPERATION = Operation(
@@ -66,5 +80,8 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=elements,
     case=AllToAllV,
-    versus={"mpi": Versus(MpiAllToAllV, "Alltoallv")},
+    versus={
+        "mpi": Versus(MpiAllToAllV, "Alltoallv"),
+        "gloo": Versus(GlooAllToAllV, "all_to_all_single with split sizes"),
+    },
 )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 
 from xccl.bench.operation import Operation, Versus, elements, unit_factor
@@ -20,6 +24,17 @@ class Bandwidth(PairCase):
         self.acknowledgement = np.zeros(1, np.uint8)
         if self.first:
             self.results.clear()
+        self.window: list[Any] = [x if self.first else out for x, out in self.pairs]
+        self.choose()
+
+    def choose(self) -> None:
+        """The calls that `run` makes; a twin has its own."""
+        comm = self.comm
+        self.start: Callable[..., Any] = comm.isend if self.first else comm.irecv
+        self.finish: Callable[[list[Any]], object] = _wait_for_all
+        self.acknowledge: Callable[[], object] = partial(
+            comm.recv if self.first else comm.send, self.acknowledgement, self.peer, 1
+        )
 
     def wrong(self, runs: int) -> int:
         return super().wrong(runs * WINDOW)
@@ -27,16 +42,10 @@ class Bandwidth(PairCase):
     def run(self, i: int) -> None:
         if self.idle:
             return
-        if self.first:
-            requests = [self.comm.isend(self.pairs[j % self.buffers][0], self.peer) for j in range(WINDOW)]
-        else:
-            requests = [self.comm.irecv(self.pairs[j % self.buffers][1], self.peer) for j in range(WINDOW)]
-        for request in requests:
-            request.wait()
-        if self.first:
-            self.comm.recv(self.acknowledgement, self.peer, 1)
-        else:
-            self.comm.send(self.acknowledgement, self.peer, 1)
+        start, peer, buffers = self.start, self.peer, self.buffers
+        requests = [start(self.window[j % buffers], peer) for j in range(WINDOW)]
+        self.finish(requests)
+        self.acknowledge()
 
 
 class MpiBandwidth(Bandwidth):
@@ -44,19 +53,30 @@ class MpiBandwidth(Bandwidth):
 
     is_twin = True
 
-    def run(self, i: int) -> None:
-        if self.idle:
-            return
-        mpi, world = self.context.mpi, self.context.world
-        if self.first:
-            requests = [world.Isend(self.pairs[j % self.buffers][0], self.peer) for j in range(WINDOW)]
-        else:
-            requests = [world.Irecv(self.pairs[j % self.buffers][1], self.peer) for j in range(WINDOW)]
-        mpi.Request.Waitall(requests)
-        if self.first:
-            world.Recv(self.acknowledgement, self.peer, 1)
-        else:
-            world.Send(self.acknowledgement, self.peer, 1)
+    def choose(self) -> None:
+        world = self.context.world
+        self.start = world.Isend if self.first else world.Irecv
+        self.finish = self.context.mpi.Request.Waitall
+        self.acknowledge = partial(world.Recv if self.first else world.Send, self.acknowledgement, self.peer, 1)
+
+
+class GlooBandwidth(Bandwidth):
+    """By isend, irecv and wait."""
+
+    is_twin = True
+
+    def choose(self) -> None:
+        gloo = self.context.library
+        distributed = gloo.distributed
+        self.window = [gloo.tensor(a) for a in self.window]
+        self.start = distributed.isend if self.first else distributed.irecv
+        reply = gloo.tensor(self.acknowledgement)
+        self.acknowledge = partial(distributed.recv if self.first else distributed.send, reply, self.peer, tag=1)
+
+
+def _wait_for_all(requests: list[Any]) -> None:
+    for request in requests:
+        request.wait()
 
 
 OPERATION = Operation(
@@ -65,6 +85,9 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=elements,
     case=Bandwidth,
-    versus={"mpi": Versus(MpiBandwidth, "Isend, Irecv and Waitall")},
+    versus={
+        "mpi": Versus(MpiBandwidth, "Isend, Irecv and Waitall"),
+        "gloo": Versus(GlooBandwidth, "isend, irecv and wait"),
+    },
     min_ranks=2,
 )

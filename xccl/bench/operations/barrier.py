@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from xccl.bench.operation import Case, Operation, Versus, once, unit_factor
@@ -14,7 +16,11 @@ class Barrier(Case):
 
     def prepare(self) -> None:
         self.stamps = self.context.empty(self.comm.size, symmetric=True)
-        self.ready = self.call("barrier")
+        self.ready = self.call_of()
+
+    def call_of(self) -> Callable[[], object]:
+        """The call; a twin has its own."""
+        return self.call("barrier")
 
     def run(self, i: int) -> None:
         self.ready()
@@ -36,8 +42,19 @@ class MpiBarrier(Barrier):
 
     is_twin = True
 
-    def run(self, i: int) -> None:
-        self.context.world.Barrier()
+    def call_of(self) -> Callable[[], object]:
+        barrier: Callable[[], object] = self.context.world.Barrier
+        return barrier
+
+
+class GlooBarrier(Barrier):
+    """By barrier."""
+
+    is_twin = True
+
+    def call_of(self) -> Callable[[], object]:
+        barrier: Callable[[], object] = self.context.library.distributed.barrier
+        return barrier
 
 
 OPERATION = Operation(
@@ -46,6 +63,6 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=once,
     case=Barrier,
-    versus={"mpi": Versus(MpiBarrier, "Barrier")},
+    versus={"mpi": Versus(MpiBarrier, "Barrier"), "gloo": Versus(GlooBarrier, "barrier")},
     can_prepare=True,
 )

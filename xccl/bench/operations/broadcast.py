@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from xccl.bench.operation import Case, Operation, Versus, as_bytes, elements, pattern, unit_factor
+from collections.abc import Callable
+from functools import partial
+
+from xccl.bench.operation import Array, Case, Operation, Versus, as_bytes, elements, pattern, unit_factor
 
 ROOT = 0
 
@@ -11,16 +14,15 @@ class Broadcast(Case):
     """By `comm.broadcast`, in place."""
 
     def prepare(self) -> None:
-        self.arrays = []
+        arrays = []
         for buffer in range(self.buffers):
             content = pattern(ROOT, buffer, self.count, self.context.dtype)
-            if self.comm.rank == ROOT:
-                self.arrays.append(self.source(content))
-            else:
-                self.arrays.append(self.receive(content))
+            arrays.append(self.source(content) if self.comm.rank == ROOT else self.receive(content))
+        self.ready = [self.call_of(a) for a in arrays]
 
-        if not self.is_twin:
-            self.ready = [self.call("broadcast", a, ROOT) for a in self.arrays]
+    def call_of(self, a: Array) -> Callable[[], object]:
+        """The call on one array; a twin has its own."""
+        return self.call("broadcast", a, ROOT)
 
     def run(self, i: int) -> None:
         self.ready[i % self.buffers]()
@@ -31,12 +33,18 @@ class MpiBroadcast(Broadcast):
 
     is_twin = True
 
-    def prepare(self) -> None:
-        super().prepare()
-        self.arrays = [as_bytes(a) for a in self.arrays]
+    def call_of(self, a: Array) -> Callable[[], object]:
+        return partial(self.context.world.Bcast, as_bytes(a), ROOT)
 
-    def run(self, i: int) -> None:
-        self.context.world.Bcast(self.arrays[i % self.buffers], ROOT)
+
+class GlooBroadcast(Broadcast):
+    """By broadcast."""
+
+    is_twin = True
+
+    def call_of(self, a: Array) -> Callable[[], object]:
+        gloo = self.context.library
+        return partial(gloo.distributed.broadcast, gloo.tensor(as_bytes(a)), ROOT)
 
 
 OPERATION = Operation(
@@ -45,6 +53,6 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=elements,
     case=Broadcast,
-    versus={"mpi": Versus(MpiBroadcast, "Bcast")},
+    versus={"mpi": Versus(MpiBroadcast, "Bcast"), "gloo": Versus(GlooBroadcast, "broadcast")},
     can_prepare=True,
 )

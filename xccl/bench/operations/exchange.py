@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
-from xccl.bench.operation import Array, Case, as_bytes
+from xccl.bench.operation import Array, Case
 
 
 class Exchange(Case):
@@ -17,20 +18,12 @@ class Exchange(Case):
     def pair(self, buffer: int) -> tuple[Array, Array]:
         """x and out of one set of arrays, made by `source` and `receive`."""
 
+    def call_of(self, x: Array, out: Array) -> Callable[[], object]:
+        """The call on one set of arrays; a twin has its own."""
+        return self.call(self.method, x, out=out)
+
     def prepare(self) -> None:
-        self.pairs = [self.pair(buffer) for buffer in range(self.buffers)]
-        if not self.is_twin:
-            self.ready = [self.call(self.method, x, out=out) for x, out in self.pairs]
+        self.ready = [self.call_of(*self.pair(buffer)) for buffer in range(self.buffers)]
 
     def run(self, i: int) -> None:
         self.ready[i % self.buffers]()
-
-
-class BytesByMpi(Exchange):
-    """A twin that hands its arrays to MPI as bytes: MPI knows not every dtype."""
-
-    is_twin = True
-
-    def prepare(self) -> None:
-        super().prepare()
-        self.pairs = [(as_bytes(x), as_bytes(out)) for x, out in self.pairs]

@@ -38,7 +38,7 @@ class MpiGet(WindowCase):
     def run(self, i: int) -> None:
         buffer = i % self.buffers
         if self.first and not self.idle:
-            self.window.Get(self.pairs[buffer][1], self.peer, buffer * self.nbytes)
+            self.window.Get(self.pairs[buffer][1], self.peer, self.at[buffer])
             self.window.Flush(self.peer)
 
 

@@ -36,17 +36,33 @@ class PairCase(Case):
 
 
 class WindowCase(PairCase):
-    """A pair over MPI's one-sided operations: what the peer writes or reads lies in a window."""
+    """A pair over MPI's one-sided operations: what the peer writes or reads lies in a window.
+
+    Attributes
+    ----------
+    head : int
+        Bytes of the window before those of the first set.
+    exposed, at : list
+        This rank's bytes in the window and their place in it, for each set.
+    """
 
     is_twin = True
+    head = 0
 
     def prepare(self) -> None:
         super().prepare()
         mpi, width = self.context.mpi, self.nbytes
-        self.window = mpi.Win.Allocate(width * self.buffers, comm=self.context.world)
+        self.at = [self.head + buffer * width for buffer in range(self.buffers)]
+        nbytes = self.head + width * self.buffers
+        self.window = mpi.Win.Allocate(nbytes, comm=self.context.world)
         self.window.Lock_all()
-        memory = np.frombuffer(self.window.tomemory(), np.uint8, width * self.buffers)
-        self.exposed = [memory[buffer * width : (buffer + 1) * width] for buffer in range(self.buffers)]
+        memory = np.frombuffer(self.window.tomemory(), np.uint8, nbytes)
+        self.exposed = [memory[at : at + width] for at in self.at]
+
+    def expect_in_window(self) -> None:
+        """What is to arrive will be in the window."""
+        arriving = [expected for _, expected in self.results]
+        self.results[:] = [(own.view(a.dtype), a) for own, a in zip(self.exposed, arriving, strict=False)]
 
     def close(self) -> None:
         self.results.clear()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from xccl.bench.operation import (
-    MPI_SUM_DTYPES,
+    COMMON_SUM_DTYPES,
     Array,
     Operation,
     Versus,
@@ -32,8 +35,19 @@ class MpiReduceScatter(ReduceScatter):
 
     is_twin = True
 
-    def run(self, i: int) -> None:
-        self.context.world.Reduce_scatter_block(*self.pairs[i % self.buffers])
+    def call_of(self, x: Array, out: Array) -> Callable[[], object]:
+        return partial(self.context.world.Reduce_scatter_block, x, out)
+
+
+class GlooReduceScatter(ReduceScatter):
+    """By reduce_scatter_single, which was reduce_scatter_tensor."""
+
+    is_twin = True
+
+    def call_of(self, x: Array, out: Array) -> Callable[[], object]:
+        gloo = self.context.library
+        scatter = gloo.function("reduce_scatter_single", "reduce_scatter_tensor")
+        return partial(scatter, gloo.tensor(out), gloo.tensor(x))
 
 
 OPERATION = Operation(
@@ -42,6 +56,9 @@ OPERATION = Operation(
     factor=peers_factor,
     counts=divisible_elements,
     case=ReduceScatter,
-    versus={"mpi": Versus(MpiReduceScatter, "Reduce_scatter_block", MPI_SUM_DTYPES)},
+    versus={
+        "mpi": Versus(MpiReduceScatter, "Reduce_scatter_block", COMMON_SUM_DTYPES),
+        "gloo": Versus(GlooReduceScatter, "reduce_scatter_single", COMMON_SUM_DTYPES),
+    },
     can_prepare=True,
 )

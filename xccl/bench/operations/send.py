@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-from xccl.bench.operation import Operation, Versus, elements, unit_factor
+from xccl.bench.operation import Array, Operation, Versus, elements, unit_factor
 from xccl.bench.operations.pairs import PairCase
 
 
@@ -17,8 +18,12 @@ class Send(PairCase):
         super().prepare()
         self.ready: list[tuple[Callable[[], object], Callable[[], object]]] = []
         for x, out in self.pairs if not self.idle else []:
-            send, recv = self.call("send", x, self.peer), self.call("recv", out, self.peer)
+            send, recv = self.calls_of(x, out)
             self.ready.append((send, recv) if self.first else (recv, send))
+
+    def calls_of(self, x: Array, out: Array) -> tuple[Callable[[], object], Callable[[], object]]:
+        """send and recv on one set of arrays; a twin has its own."""
+        return self.call("send", x, self.peer), self.call("recv", out, self.peer)
 
     def run(self, i: int) -> None:
         if self.ready:
@@ -27,23 +32,25 @@ class Send(PairCase):
             other()
 
 
-class MpiSend(PairCase):
+class MpiSend(Send):
     """By Send and Recv."""
 
-    calls = 2
     is_twin = True
 
-    def run(self, i: int) -> None:
-        x, out = self.pairs[i % self.buffers]
+    def calls_of(self, x: Array, out: Array) -> tuple[Callable[[], object], Callable[[], object]]:
         world = self.context.world
-        if self.idle:
-            return
-        if self.first:
-            world.Send(x, self.peer)
-            world.Recv(out, self.peer)
-        else:
-            world.Recv(out, self.peer)
-            world.Send(x, self.peer)
+        return partial(world.Send, x, self.peer), partial(world.Recv, out, self.peer)
+
+
+class GlooSend(Send):
+    """By send and recv."""
+
+    is_twin = True
+
+    def calls_of(self, x: Array, out: Array) -> tuple[Callable[[], object], Callable[[], object]]:
+        gloo = self.context.library
+        send, recv = gloo.distributed.send, gloo.distributed.recv
+        return partial(send, gloo.tensor(x), self.peer), partial(recv, gloo.tensor(out), self.peer)
 
 
 OPERATION = Operation(
@@ -52,7 +59,7 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=elements,
     case=Send,
-    versus={"mpi": Versus(MpiSend, "Send and Recv")},
+    versus={"mpi": Versus(MpiSend, "Send and Recv"), "gloo": Versus(GlooSend, "send and recv")},
     min_ranks=2,
     can_prepare=True,
 )
