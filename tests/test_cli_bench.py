@@ -89,7 +89,7 @@ def test_takes_the_ranks_of_a_launcher(tmp_path: Path) -> None:
         (["moe", "--dtype", "float64"], "--dtype of moe is one of int8, bfloat16, float32, got float64"),
         (["moe", "--tokens", "1;2"], "numbers with commas between them"),
         (["moe", "--workload", "cold"], "invalid choice: 'cold'"),
-        (["moe", "--prepared"], "--prepared is for put, get, send,"),
+        (["moe", "--prepared"], "--prepared is for put, get, put_signal, send,"),
         (["send", "--pin", "--no-pin"], "not allowed with"),
         (["all_to_all", "-n", "4", "--vs", "mpi"], "mpirun -n 4 python -m xccl.bench all_to_all --vs mpi"),
     ],

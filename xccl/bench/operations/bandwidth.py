@@ -70,6 +70,7 @@ class GlooBandwidth(Bandwidth):
         distributed = gloo.distributed
         self.window = [gloo.tensor(a) for a in self.window]
         self.start = distributed.isend if self.first else distributed.irecv
+        self.finish = _wait_for_all
         reply = gloo.tensor(self.acknowledgement)
         self.acknowledge = partial(distributed.recv if self.first else distributed.send, reply, self.peer, tag=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,7 +14,10 @@ _POLLS = 1000  # before the core goes to another rank that wants it
 
 
 class PutSignal(PairCase):
-    """By `comm.put_signal` and `comm.wait_until`, there and back."""
+    """By `comm.put_signal` and `comm.wait_until`, there and back.
+
+    Each turn sets the signal to its number; a prepared call, whose arguments are always the same, adds one.
+    """
 
     calls = 2
     symmetric_out = True
@@ -22,17 +26,27 @@ class PutSignal(PairCase):
         super().prepare()
         self.signal = self.context.signal()
         self.turn = 0
+        self.ready: list[Callable[[], object]] = []
+        if self.context.settings.prepared and not self.idle:
+            adding = {"signal": self.signal, "value": 1, "op": "add"}
+            self.ready = [self.call("put_signal", out, x, self.peer, **adding) for x, out in self.pairs]
 
     def run(self, i: int) -> None:
-        x, out = self.pairs[i % self.buffers]
         if self.idle:
             return
         self.turn += 1
         if self.first:
-            self.comm.put_signal(out, x, self.peer, signal=self.signal, value=self.turn)
+            self._put(i % self.buffers)
             self.comm.wait_until(self.signal, ">=", self.turn)
         else:
             self.comm.wait_until(self.signal, ">=", self.turn)
+            self._put(i % self.buffers)
+
+    def _put(self, buffer: int) -> None:
+        if self.ready:
+            self.ready[buffer]()
+        else:
+            x, out = self.pairs[buffer]
             self.comm.put_signal(out, x, self.peer, signal=self.signal, value=self.turn)
 
 
@@ -97,4 +111,5 @@ OPERATION = Operation(
     case=PutSignal,
     versus={"mpi": Versus(MpiPutSignal, "Put and Flush of the data, then of a flag that the receiver polls")},
     min_ranks=2,
+    can_prepare=True,
 )
