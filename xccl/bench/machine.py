@@ -42,12 +42,16 @@ def place(comm: Communicator, pin: bool | None, library: Library | None = None) 
     """Pins this rank if asked to, or by default if each rank can have a core. Collective."""
     own = np.zeros(os.cpu_count() or 1, np.uint8)
     own[[core for core in os.sched_getaffinity(0) if core < own.size]] = 1
-    cores = [int(core) for core in np.flatnonzero(comm.all_reduce(own, "max"))]
+    allowed = comm.all_gather(own)
+    cores = [int(core) for core in np.flatnonzero(allowed.any(axis=0))]
     if pin is None:
         pin = comm.size <= len(cores)
-    pinned = [cores[rank % len(cores)] for rank in range(comm.size)] if pin else []
+    pinned: list[int] = []
     if pin:
+        pinned = [cores[rank % len(cores)] for rank in range(comm.size)]
         os.sched_setaffinity(0, {pinned[comm.rank]})
+    elif (allowed.sum(axis=1) == 1).all():  # by the launcher, as Intel MPI does
+        pinned = [int(core) for core in allowed.argmax(axis=1)]
     return Machine(_host(), cores, comm.size, pinned, _versions(library))
 
 

@@ -77,11 +77,10 @@ def interleave(comm: Communicator, blocks: Sequence[Block], repeats: Sequence[in
     return [slowest(comm, times) for times in taken]
 
 
-def summary(times: Times, calls: int = 1) -> dict[str, Any]:
-    """min, p50 and p99 of one operation when a call holds `calls` of them."""
-    each = times / calls
+def summary(times: Times) -> dict[str, Any]:
+    """min, p50 and p99."""
     return {
-        "min": float(each.min()),
-        "p50": float(np.median(each)),
-        "p99": float(np.percentile(each, 99, method="higher")),
+        "min": float(times.min()),
+        "p50": float(np.median(times)),
+        "p99": float(np.percentile(times, 99, method="higher")),
     }
