@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xccl import reference
-from xccl.bench.workload import SHAPES, WORKLOADS, choose_experts, moved_rows, received_rows
+from xccl.bench.workload import SHAPES, WORKLOADS, choose_experts, chosen_rows, moved_rows, received_rows
 
 QWEN = SHAPES["qwen3"]
 
@@ -31,7 +31,10 @@ def test_rows_of_ranks_are_those_of_the_reference(name: str) -> None:
     received = reference.dispatch([np.zeros((len(i), 4), np.float32) for i in idx], idx, QWEN.num_experts)
     assert received_rows(idx, QWEN.num_experts).tolist() == [len(r.recv_x) for r in received]
     tokens = [len(set(zip(r.src_rank.tolist(), r.src_token.tolist(), strict=True))) for r in received]
-    assert moved_rows(idx, QWEN.num_experts).tolist() == tokens
+    assert moved_rows(idx, QWEN.num_experts).sum(axis=0).tolist() == tokens
+    moved, chosen = moved_rows(idx, QWEN.num_experts), chosen_rows(idx, QWEN.num_experts)
+    assert chosen.sum(axis=1).tolist() == [i.size for i in idx]
+    assert ((moved <= chosen) & (moved > 0) == (chosen > 0)).all()
 
 
 def _rows(name: str, buffer: int = 0) -> list[int]:

@@ -19,6 +19,8 @@ with xccl.init() as comm:
         for dtype in ("bfloat16", "float32"):
             for workload in ("empty-rank", "hot-expert"):
                 rows += runner.run(comm, Settings(name, dtype=dtype, workload=workload, **FEW))[1]
+    for name in ("dispatch", "combine", "moe"):
+        rows += runner.run(comm, Settings(name, **(FEW | {"versus": "mpi-packed"})))[1]
     wrong = [row for row in rows if row.wrong]
     if wrong:
         raise SystemExit("\n".join(map(str, wrong)))

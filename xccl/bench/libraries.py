@@ -66,7 +66,7 @@ class Mpi(Library):
         try:
             from mpi4py import MPI
         except ImportError as error:
-            raise XcclUsageError(f"bench: --vs mpi needs mpi4py ({error}): pip install 'xccl[mpi]'") from error
+            raise XcclUsageError(f"bench: --vs needs mpi4py ({error}): pip install 'xccl[mpi]'") from error
         self.module: Any = MPI
         self.world: Any = MPI.COMM_WORLD
         self.version = library_name(MPI)
@@ -126,7 +126,8 @@ class Gloo(Library):
         self.distributed.destroy_process_group()
 
 
-LIBRARIES: dict[str, type[Library]] = {"mpi": Mpi, "gloo": Gloo}
+# mpi-packed: MPI does less than the operation, see the operations that have it
+LIBRARIES: dict[str, type[Library]] = {"mpi": Mpi, "mpi-packed": Mpi, "gloo": Gloo}
 
 
 def library_name(mpi: Any) -> str:

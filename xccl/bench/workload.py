@@ -63,15 +63,19 @@ def _sample(rng: np.random.Generator, share: NDArray[np.float64], tokens: int, n
     return np.ascontiguousarray(np.argsort(-keys, axis=1)[:, :num_topk], dtype=np.int64)
 
 
-def received_rows(topk_idx: list[Slots], num_experts: int) -> NDArray[np.int64]:
-    """Rows that each rank receives: one for each token and expert."""
+def chosen_rows(topk_idx: list[Slots], num_experts: int) -> NDArray[np.int64]:
+    """Rows [source, destination] that dispatch delivers: one for each token and expert."""
     owner = default_expert_map(num_experts, len(topk_idx))
-    return np.bincount(owner[np.concatenate(topk_idx).ravel()], minlength=len(topk_idx))
+    return np.array([np.bincount(owner[idx.ravel()], minlength=len(topk_idx)) for idx in topk_idx], np.int64)
+
+
+def received_rows(topk_idx: list[Slots], num_experts: int) -> NDArray[np.int64]:
+    """Rows that each rank receives."""
+    return np.asarray(chosen_rows(topk_idx, num_experts).sum(axis=0))
 
 
 def moved_rows(topk_idx: list[Slots], num_experts: int) -> NDArray[np.int64]:
-    """Rows that must move to each rank: a token goes there once, however many of its experts are there."""
+    """Rows [source, destination] that must move: a token goes to a rank once, however many of its experts are there."""
     owner = default_expert_map(num_experts, len(topk_idx))
-    ranks = len(topk_idx)
-    chosen = owner[np.concatenate(topk_idx)]
-    return np.array([(chosen == rank).any(axis=1).sum() for rank in range(ranks)], np.int64)
+    ranks = range(len(topk_idx))
+    return np.array([[(owner[idx] == rank).any(axis=1).sum() for rank in ranks] for idx in topk_idx], np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xccl.bench.operation import Operation, Versus, unit_factor
 from xccl.bench.operations.moe_case import MOE_DTYPES, MoeCase, MpiMoeCase, token_counts
+from xccl.bench.operations.moe_packed import PackedCombine
 
 
 class Combine(MoeCase):
@@ -29,7 +30,10 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=token_counts,
     case=Combine,
-    versus={"mpi": Versus(MpiCombine, "Alltoallv of rows, and NumPy")},
+    versus={
+        "mpi": Versus(MpiCombine, "Alltoallv of rows, and NumPy"),
+        "mpi-packed": Versus(PackedCombine, "Alltoallv of packed bytes, nothing else"),
+    },
     dtypes=MOE_DTYPES,
     default_dtype="int8",
 )

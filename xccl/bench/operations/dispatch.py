@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xccl.bench.operation import Operation, Versus, unit_factor
 from xccl.bench.operations.moe_case import MOE_DTYPES, MoeCase, MpiMoeCase, token_counts
+from xccl.bench.operations.moe_packed import PackedDispatch
 
 
 class Dispatch(MoeCase):
@@ -25,7 +26,10 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=token_counts,
     case=Dispatch,
-    versus={"mpi": Versus(MpiDispatch, "Alltoall of counts, Alltoallv of rows, and NumPy")},
+    versus={
+        "mpi": Versus(MpiDispatch, "Alltoall of counts, Alltoallv of rows, and NumPy"),
+        "mpi-packed": Versus(PackedDispatch, "Alltoallv of packed bytes, nothing else"),
+    },
     dtypes=MOE_DTYPES,
     default_dtype="int8",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xccl.bench.operation import Operation, Versus, unit_factor
 from xccl.bench.operations.moe_case import MOE_DTYPES, MoeCase, MpiMoeCase, token_counts
+from xccl.bench.operations.moe_packed import PackedMoe
 
 
 class Moe(MoeCase):
@@ -27,7 +28,10 @@ OPERATION = Operation(
     factor=unit_factor,
     counts=token_counts,
     case=Moe,
-    versus={"mpi": Versus(MpiMoe, "Alltoall of counts, Alltoallv of rows each way, and NumPy")},
+    versus={
+        "mpi": Versus(MpiMoe, "Alltoall of counts, Alltoallv of rows each way, and NumPy"),
+        "mpi-packed": Versus(PackedMoe, "two Alltoallv of packed bytes, nothing else"),
+    },
     dtypes=MOE_DTYPES,
     default_dtype="int8",
 )

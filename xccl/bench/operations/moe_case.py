@@ -11,13 +11,20 @@ from xccl import reference
 from xccl.bench.moe_twin import Twin
 from xccl.bench.operation import Array, Case, as_bytes, count_wrong
 from xccl.bench.settings import Settings
-from xccl.bench.workload import SHAPES, choose_experts, moved_rows, received_rows
+from xccl.bench.workload import SHAPES, choose_experts, chosen_rows, moved_rows, received_rows
 from xccl.expert_parallel import ExpertParallel
 from xccl.moe_config import Quant
 from xccl.reference import default_expert_map
 
 MOE_DTYPES = ("int8", "bfloat16", "float32")
 _SCALE_BYTES = 4
+
+
+def row_bytes(dtype: np.dtype[Any], hidden: int) -> tuple[int, int]:
+    """Bytes of a row that goes out, and of one that comes back. int8 goes out with a scale and comes back as bfloat16."""
+    if dtype == np.int8:
+        return hidden + _SCALE_BYTES, hidden * 2
+    return hidden * dtype.itemsize, hidden * dtype.itemsize
 
 
 def token_counts(settings: Settings, itemsize: int, ranks: int) -> list[int]:
@@ -101,9 +108,9 @@ class MoeCase(Case):
 
     def _bytes_of_busiest(self, routing: list[Array]) -> int:
         """Bytes that must move to the rank that gets most."""
-        hidden, out_bytes = self.shape.hidden, self.context.dtype.itemsize
-        out = moved_rows(routing, self.shape.num_experts) * (hidden * out_bytes + (_SCALE_BYTES if self.quant else 0))
-        back = np.array([idx.size for idx in routing]) * hidden * self.dtype.itemsize
+        out_bytes, back_bytes = row_bytes(self.context.dtype, self.shape.hidden)
+        out = moved_rows(routing, self.shape.num_experts).sum(axis=0) * out_bytes
+        back = chosen_rows(routing, self.shape.num_experts).sum(axis=1) * back_bytes
         return int((out * self.dispatches + back * self.combines).max())
 
     def note(self) -> str:
