@@ -43,12 +43,14 @@ class Handle:
     @property
     def src_rank(self) -> NDArray[np.int32]:
         """Rank that sent each row."""
-        return self._sources[0]
+        ranks: NDArray[np.int32] = self._sources[0]
+        return ranks
 
     @property
     def src_token(self) -> NDArray[np.int32]:
         """Index of each row in the x of its source."""
-        return self._sources[1]
+        tokens: NDArray[np.int32] = self._sources[1]
+        return tokens
 
     def __reduce__(self) -> Any:
         raise XcclUsageError("a handle belongs to its process and cannot be pickled")
