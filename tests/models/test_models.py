@@ -1,0 +1,111 @@
+"""Model checking with spin: the doorbell of wait.c and the ring of ring.h, and mutants that must be found wrong.
+
+What the models say and leave out is in the .pml files. `pytest -s` (or `make models`) prints the states explored.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+MODELS = Path(__file__).parent
+SECONDS = 120
+MEGABYTES = 2048
+
+pytestmark = pytest.mark.skipif(shutil.which("spin") is None, reason="needs spin: apt-get install spin")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an exhaustive search of one model found."""
+
+    errors: int
+    states: int
+    depth: int
+    complete: bool
+    text: str
+
+
+def explore(model: str, defines: list[str], where: Path) -> Outcome:
+    """Searches all states for failed assertions and for processes that can never go on."""
+    subprocess.run(
+        ["spin", "-a", *(f"-D{define}" for define in defines), str(MODELS / f"{model}.pml")], cwd=where, check=True
+    )
+    flags = ["-O1", "-w", "-DSAFETY", "-DCOLLAPSE", f"-DMEMLIM={MEGABYTES}"]
+    subprocess.run(["cc", *flags, "-o", "pan", "pan.c"], cwd=where, check=True)
+    found = subprocess.run(
+        ["./pan", "-m1000000"], cwd=where, check=True, capture_output=True, text=True, timeout=SECONDS
+    )
+    text = found.stdout
+    errors, states, depth = (
+        re.search(pattern, text) for pattern in (r"errors: (\d+)", r"(\d+) states, stored", r"depth reached (\d+)")
+    )
+    assert errors is not None and states is not None and depth is not None, text
+    complete = "Search not completed" not in text and "max search depth too small" not in text
+    return Outcome(int(errors[1]), int(states[1]), int(depth[1]), complete, text)
+
+
+def report(capsys: pytest.CaptureFixture[str], name: str, outcome: Outcome) -> None:
+    with capsys.disabled():
+        print(f"\n  {name}: {outcome.states} states, depth {outcome.depth}, {outcome.errors} errors", end=" ")
+
+
+SOUND = [
+    ("doorbell", ["VALUES=2"]),
+    ("doorbell", ["VALUES=4"]),
+    ("ring", ["LINES=2", "BLOCKS=1", "MESSAGES=9"]),
+    ("ring", ["LINES=2", "BLOCKS=2", "MESSAGES=9"]),
+    ("ring", ["LINES=4", "BLOCKS=1", "MESSAGES=9"]),
+    ("ring", ["LINES=4", "BLOCKS=2", "MESSAGES=12"]),
+    ("ring", ["LINES=4", "BLOCKS=4", "MESSAGES=10"]),
+    ("ring", ["LINES=8", "BLOCKS=2", "MESSAGES=11"]),
+]
+
+# The mutant, and how it shows: a wrong word is read, or somebody waits for ever.
+MUTANTS = [
+    ("doorbell", "NO_WAITER_FENCE", "invalid end state"),
+    ("doorbell", "NO_RINGER_FENCE", "invalid end state"),
+    ("doorbell", "BELL_AFTER_LOOK", "invalid end state"),
+    ("doorbell", "BELL_UNCHANGED", "invalid end state"),
+    ("doorbell", "WAKE_BEFORE_STORE", "invalid end state"),
+    ("ring", "TAIL_BEFORE_COPY", "assertion violated"),
+    ("ring", "SEQUENCE_RELAXED", "assertion violated"),
+    ("ring", "SEQUENCE_UNCHECKED", "assertion violated"),
+    ("ring", "CAPACITY_TOO_LARGE", "assertion violated"),
+    ("ring", "BLOCKS_AS_MANY_AS_LINES", "assertion violated"),
+    ("ring", "BATCH_TOO_LATE", "invalid end state"),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "bounds"), SOUND, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+)
+def test_should_find_no_error_in_any_state(
+    model: str, bounds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = explore(model, bounds, tmp_path)
+    report(capsys, f"{model} ({', '.join(bounds)})", outcome)
+    assert outcome.errors == 0, outcome.text
+    assert outcome.complete, outcome.text
+
+
+@pytest.mark.parametrize(("model", "mutant", "symptom"), MUTANTS)
+def test_should_find_the_mutant_wrong(
+    model: str, mutant: str, symptom: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = explore(model, [mutant], tmp_path)
+    report(capsys, f"{model} with {mutant}", outcome)
+    assert outcome.errors == 1
+    assert symptom in outcome.text, outcome.text
+
+
+@pytest.mark.parametrize("model", ["doorbell", "ring"])
+def test_should_run_every_mutant_that_the_model_has(model: str) -> None:
+    text = (MODELS / f"{model}.pml").read_text()
+    switches = set(re.findall(r"#ifn?def (\w+)", text)) - set(re.findall(r"#ifndef (\w+)\n#define \1", text))
+    assert switches == {mutant for of, mutant, _ in MUTANTS if of == model}
