@@ -172,34 +172,52 @@ static unsigned char *map_at(void *hint, int flags, uint64_t bytes, int fd) {
     return p == MAP_FAILED ? NULL : p;
 }
 
-/* Maps the object where the first rank mapped it, if that address is free here. */
+/* Moves the mapping to where the first rank has it, if that address is free here. */
+static void move_to_hint(xccl_mapping_t *mapping, int fd) {
+    uint64_t first = 0;
+    _Atomic uint64_t *hint = &((xccl_header_t *)mapping->base)->base_hint;
+    /* relaxed: only the number matters, nothing is read through it */
+    if (atomic_compare_exchange_strong_explicit(hint, &first, (uint64_t)(uintptr_t)mapping->base, memory_order_relaxed,
+                                                memory_order_relaxed) ||
+        first == (uint64_t)(uintptr_t)mapping->base)
+        return;
+    unsigned char *same = map_at((void *)(uintptr_t)first, MAP_FIXED_NOREPLACE, mapping->bytes, fd);
+    if (same == (void *)(uintptr_t)first) {
+        munmap(mapping->base, mapping->bytes);
+        mapping->base = same;
+    } else if (same) { /* a kernel that took the address for a mere hint */
+        munmap(same, mapping->bytes);
+    }
+}
+
 static int map_object(xccl_world_t *world, uint64_t bytes) {
-    unsigned char *base = map_at(NULL, 0, bytes, world->fd);
-    if (!base)
+    xccl_mapping_t *mapping = calloc(1, sizeof *mapping);
+    if (!mapping)
+        return xccl_fail(XCCL_ERR_MEMORY, "out of memory");
+    mapping->base = map_at(NULL, 0, bytes, world->fd);
+    if (!mapping->base) {
+        free(mapping);
         return xccl_fail_errno(errno, "cannot map %llu bytes of address space (ulimit -v? lower XCCL_HEAP_SIZE)",
                                (unsigned long long)bytes);
-    world->base = base;
-    world->mapped_bytes = bytes;
-    if (world->rank < 0) /* an observer's mapping is no guide for ranks */
-        return XCCL_OK;
-    uint64_t first = 0;
-    _Atomic uint64_t *hint = &((xccl_header_t *)base)->base_hint;
-    /* relaxed: only the number matters, nothing is read through it */
-    if (!atomic_compare_exchange_strong_explicit(hint, &first, (uint64_t)(uintptr_t)base, memory_order_relaxed,
-                                                 memory_order_relaxed) &&
-        first != (uint64_t)(uintptr_t)base) {
-        unsigned char *same = map_at((void *)(uintptr_t)first, MAP_FIXED_NOREPLACE, bytes, world->fd);
-        if (same == (void *)(uintptr_t)first) {
-            munmap(base, bytes);
-            world->base = same;
-        } else if (same) { /* a kernel that took the address for a mere hint */
-            munmap(same, bytes);
-        }
     }
+    mapping->bytes = bytes;
+    mapping->users = 1;
+    if (world->rank >= 0) /* an observer's mapping is no guide for ranks */
+        move_to_hint(mapping, world->fd);
+    world->mapping = mapping;
     return XCCL_OK;
 }
 
+static void leave_mapping(xccl_mapping_t *mapping) {
+    /* acquire and release: what other ranks of this process did with the mapping comes before its end */
+    if (atomic_fetch_sub_explicit(&mapping->users, 1, memory_order_acq_rel) > 1)
+        return;
+    munmap(mapping->base, mapping->bytes);
+    free(mapping);
+}
+
 static void bind_views(xccl_world_t *world) {
+    world->base = world->mapping->base;
     world->header = (xccl_header_t *)world->base;
     world->abort_text = (char *)world->base + XCCL_PAGE;
     world->ranks = (xccl_rank_entry_t *)(world->base + XCCL_PAGE + XCCL_ABORT_TEXT_BYTES);
@@ -245,7 +263,8 @@ static void ring_all(xccl_world_t *world) {
             xccl_ring(world, rank);
 }
 
-static int open_world(int fd, int rank, const char *session, xccl_world_t **out) {
+/* `beside`: a rank of this process whose mapping the new one shares; NULL: none. */
+static int open_world(int fd, int rank, const char *session, const xccl_world_t *beside, xccl_world_t **out) {
     xccl_header_t header;
     int status = read_header(fd, session, &header);
     if (status != XCCL_OK)
@@ -264,9 +283,15 @@ static int open_world(int fd, int rank, const char *session, xccl_world_t **out)
     }
     pthread_once(&fork_once, watch_forks);
     world->fork_generation = atomic_load_explicit(&fork_generation, memory_order_relaxed);
-    /* an observer needs only the control page */
-    uint64_t windows = rank < 0 ? 0 : (uint64_t)header.config.size * header.stride;
-    status = map_object(world, header.control_bytes + windows);
+    if (beside) {
+        world->mapping = beside->mapping;
+        /* relaxed: the mapping lives as long as `beside`, which the caller holds */
+        atomic_fetch_add_explicit(&world->mapping->users, 1, memory_order_relaxed);
+    } else {
+        /* an observer needs only the control page */
+        uint64_t windows = rank < 0 ? 0 : (uint64_t)header.config.size * header.stride;
+        status = map_object(world, header.control_bytes + windows);
+    }
     if (status != XCCL_OK) {
         close(world->fd);
         free(world);
@@ -277,11 +302,11 @@ static int open_world(int fd, int rank, const char *session, xccl_world_t **out)
     return XCCL_OK;
 }
 
-int xccl_shm_attach(int fd, int rank, const char *session, xccl_world_t **out) {
+static int attach(int fd, int rank, const char *session, const xccl_world_t *beside, xccl_world_t **out) {
     if (rank < 0)
         return xccl_fail(XCCL_ERR_USAGE, "rank %d is negative", rank);
     xccl_world_t *world = NULL;
-    int status = open_world(fd, rank, session, &world);
+    int status = open_world(fd, rank, session, beside, &world);
     if (status != XCCL_OK)
         return status;
     status = claim_rank(world);
@@ -295,8 +320,18 @@ int xccl_shm_attach(int fd, int rank, const char *session, xccl_world_t **out) {
     return XCCL_OK;
 }
 
+int xccl_shm_attach(int fd, int rank, const char *session, xccl_world_t **out) {
+    return attach(fd, rank, session, NULL, out);
+}
+
+int xccl_shm_attach_beside(const xccl_world_t *beside, int rank, xccl_world_t **out) {
+    if (beside->rank < 0)
+        return xccl_fail(XCCL_ERR_USAGE, "an observer maps no windows: ranks cannot attach beside it");
+    return attach(beside->fd, rank, beside->header->config.session, beside, out);
+}
+
 int xccl_shm_observe(int fd, xccl_world_t **out) {
-    return open_world(fd, -1, NULL, out);
+    return open_world(fd, -1, NULL, NULL, out);
 }
 
 static bool all_attached(void *arg) {
@@ -338,7 +373,7 @@ void xccl_shm_detach(xccl_world_t *world) {
 void xccl_shm_unmap(xccl_world_t *world) {
     if (!world)
         return;
-    munmap(world->base, world->mapped_bytes);
+    leave_mapping(world->mapping);
     close(world->fd);
     free(world);
 }

@@ -90,6 +90,13 @@ typedef struct xccl_hook_t {
     void *arg;
 } xccl_hook_t;
 
+/* The object as a process sees it. Ranks that are threads of one process share one. */
+typedef struct xccl_mapping_t {
+    unsigned char *base;
+    uint64_t bytes;
+    _Atomic int users;
+} xccl_mapping_t;
+
 /* One rank's attachment. No global state: several ranks may live in one process. */
 struct xccl_world_t {
     int rank; /* -1: observer */
@@ -97,8 +104,8 @@ struct xccl_world_t {
     int fd;
     bool detached;
     unsigned fork_generation; /* of the process that attached */
-    unsigned char *base;
-    uint64_t mapped_bytes;
+    xccl_mapping_t *mapping;
+    unsigned char *base; /* of the mapping */
     unsigned char *windows;
     uint64_t stride;
     unsigned char *own; /* windows + rank*stride */

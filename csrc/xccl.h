@@ -119,6 +119,10 @@ int xccl_shm_format(int fd, const xccl_config_t *config);
  * Raises USAGE when the rank is taken (a forked or spawned child of a rank attaches again). */
 int xccl_shm_attach(int fd, int rank, const char *session, xccl_world_t **out);
 
+/* Attaches `rank` for another thread of the process in which `beside` is attached. The two ranks share one mapping of
+ * the object, which lives as long as either; otherwise they are as apart as ranks of two processes. */
+int xccl_shm_attach_beside(const xccl_world_t *beside, int rank, xccl_world_t **out);
+
 /* Waits until all ranks have attached. */
 int xccl_shm_wait_all_attached(xccl_world_t *world, int64_t timeout_ns);
 
