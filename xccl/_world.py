@@ -72,6 +72,14 @@ class World:
         if threading.current_thread() is threading.main_thread():
             lib.xccl_shm_set_interrupt(self._w, lib.xccl_python_interrupted)
 
+    def beside(self, rank: int) -> World:
+        """Attaches a further rank, for another thread of this process; both share the mapping."""
+        out = ffi.new("xccl_world_t **")
+        check(lib.xccl_shm_attach_beside(self._w, rank, out))
+        other = object.__new__(World)
+        other._w, other.rank, other.size, other.session = out[0], rank, self.size, self.session
+        return other
+
     def wait_all_attached(self) -> None:
         """Returns when every rank has attached; raises XcclTimeout naming those that are missing."""
         check(lib.xccl_shm_wait_all_attached(self._w, lib.XCCL_TIMEOUT_DEFAULT))

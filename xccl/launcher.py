@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from xccl._binding import check, lib
+from xccl._threads import GRACE_SECONDS, run_threads
 from xccl._world import Observer, create_object
 from xccl.communicator import init
 from xccl.errors import XcclAborted, XcclPeerLost, XcclTimeout, XcclUsageError
-
-GRACE_SECONDS = 2.0  # for ranks to end by themselves once the world has ended
 
 
 def launch_environment(fd: int, rank: int, size: int, session: str) -> dict[str, str]:
@@ -65,8 +64,9 @@ def run(
     timeout: float | None = None,
     logs: str | Path | None = None,
     keep_going: bool = False,
+    host: str = "processes",
 ) -> list[Any]:
-    """Runs `fn(comm, *args)` on `nranks` ranks, forked from this process, and returns their results by rank.
+    """Runs `fn(comm, *args)` on `nranks` ranks and returns their results by rank.
 
     Parameters
     ----------
@@ -76,9 +76,15 @@ def run(
         Seconds after which all ranks are ended and XcclTimeout is raised.
     logs : path, optional
         Directory that gets each rank's output as rank-<r>.log; without it ranks write to this process's output.
+        Not with threads, which share their output.
     keep_going
         A rank that dies does not end the others, which may go on with `comm.shrink()`. Its place in the result holds
         the XcclPeerLost that is raised otherwise.
+    host : "processes" or "threads"
+        "processes" are forked from this one. "threads" are threads of this process, for tests: a debugger or a
+        sanitizer sees all ranks at once, results need not be pickled, and breakpoints work. Their Python code takes
+        turns (calls into xccl run side by side), and a thread cannot be killed: one that does not end within 2 s of
+        a failure or of the time limit goes on, and is named in the error.
 
     Raises
     ------
@@ -90,6 +96,12 @@ def run(
         The ranks did not finish in `timeout` seconds.
     """
     check_nranks(nranks)
+    if host not in ("processes", "threads"):
+        raise XcclUsageError(f'xccl.run: host is "processes" or "threads", got {host!r}')
+    if host == "threads":
+        if logs is not None:
+            raise XcclUsageError('xccl.run: logs= needs host="processes": threads share the output of their process')
+        return run_threads(fn, nranks, args, timeout)
     fd, session = create_object(nranks)
     observer = Observer(fd)
     context = multiprocessing.get_context("fork")
