@@ -2,13 +2,12 @@
 #include "shm.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
+#include "process.h"
 #include "status.h"
 
 static const char *const OPERATIONS[XCCL_OP_COUNT] = {
@@ -60,45 +59,49 @@ void xccl_op_phase(xccl_world_t *world, int phase) {
     atomic_store_explicit(&world->ranks[world->rank].phase, phase, memory_order_relaxed);
 }
 
-bool xccl_shm_read_process(int pid, xccl_process_t *out) {
-    char path[32], text[1024];
-    snprintf(path, sizeof path, "/proc/%d/stat", pid);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        return false;
-    ssize_t length = read(fd, text, sizeof text - 1);
-    close(fd);
-    if (length <= 0)
-        return false;
-    text[length] = 0;
-    /* the name may hold blanks and parentheses: fields are counted from the last ')' */
-    char *after_name = strrchr(text, ')');
-    unsigned long long start = 0;
-    if (!after_name ||
-        sscanf(after_name + 1, " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %llu",
-               &out->state, &start) != 2)
-        return false;
-    out->start_time = start;
-    return true;
+/* The process of an attached rank has ended. What cannot be told counts as alive. */
+static bool is_gone(const xccl_world_t *world, int rank) {
+    xccl_rank_entry_t *entry = &world->ranks[rank];
+    uint64_t space = atomic_load_explicit(&entry->pid_namespace, memory_order_relaxed);
+    if (space == 0 || space != world->pid_namespace) /* of another container: its pid means nothing here */
+        return atomic_load_explicit(&entry->locked, memory_order_relaxed) &&
+               !xccl_process_is_held(world->fd, (uint64_t)rank);
+    int pid = atomic_load_explicit(&entry->pid, memory_order_relaxed);
+    xccl_process_t process;
+    if (xccl_process_read(pid, &process))
+        return process.state == 'Z' || process.state == 'X' ||
+               process.start_time != atomic_load_explicit(&entry->start_time, memory_order_relaxed);
+    return kill(pid, 0) != 0 && errno == ESRCH;
 }
 
 bool xccl_shm_is_dead(const xccl_world_t *world, int rank) {
     xccl_rank_entry_t *entry = &world->ranks[rank];
     int32_t state = atomic_load_explicit(&entry->state, memory_order_acquire);
+    if (state == XCCL_RANK_ABSENT) /* the creator holds the object until all have attached: is anybody to come? */
+        return world->header->held && !xccl_process_is_held(world->fd, XCCL_CREATOR_BYTE) &&
+               atomic_load_explicit(&entry->state, memory_order_acquire) == XCCL_RANK_ABSENT;
     if (state != XCCL_RANK_ATTACHED)
         return state == XCCL_RANK_DEAD;
-    int pid = atomic_load_explicit(&entry->pid, memory_order_relaxed);
-    xccl_process_t process;
-    bool gone;
-    if (xccl_shm_read_process(pid, &process))
-        gone = process.state == 'Z' || process.state == 'X' ||
-               process.start_time != atomic_load_explicit(&entry->start_time, memory_order_relaxed);
-    else
-        gone = kill(pid, 0) != 0 && errno == ESRCH;
-    if (!gone)
+    if (!is_gone(world, rank))
         return false;
+    if (world->read_only)
+        return atomic_load_explicit(&entry->state, memory_order_acquire) != XCCL_RANK_CLOSED;
     /* It may have left in order between the first look and its end. */
     return atomic_compare_exchange_strong(&entry->state, &state, XCCL_RANK_DEAD) || state == XCCL_RANK_DEAD;
+}
+
+/* The state as others see it: also dead, or stopped, which no rank writes itself. */
+static int32_t seen_state(const xccl_world_t *world, int rank) {
+    const xccl_rank_entry_t *entry = &world->ranks[rank];
+    if (xccl_shm_is_dead(world, rank))
+        return XCCL_RANK_DEAD;
+    int32_t state = atomic_load_explicit(&entry->state, memory_order_acquire);
+    xccl_process_t process;
+    if (state == XCCL_RANK_ATTACHED && world->pid_namespace != 0 &&
+        atomic_load(&entry->pid_namespace) == world->pid_namespace &&
+        xccl_process_read(atomic_load(&entry->pid), &process) && (process.state == 'T' || process.state == 't'))
+        return XCCL_RANK_STOPPED;
+    return state;
 }
 
 int xccl_shm_rank_info(const xccl_world_t *world, int rank, xccl_rank_info_t *out) {
@@ -106,7 +109,7 @@ int xccl_shm_rank_info(const xccl_world_t *world, int rank, xccl_rank_info_t *ou
         return xccl_fail(XCCL_ERR_USAGE, "rank %d of a world of %d ranks", rank, world->size);
     const xccl_rank_entry_t *entry = &world->ranks[rank];
     *out = (xccl_rank_info_t){
-        .state = xccl_shm_is_dead(world, rank) ? XCCL_RANK_DEAD : atomic_load(&entry->state),
+        .state = seen_state(world, rank),
         .pid = atomic_load(&entry->pid),
         .start_time = atomic_load(&entry->start_time),
         .sequence = atomic_load(&entry->sequence),
@@ -119,7 +122,7 @@ int xccl_shm_rank_info(const xccl_world_t *world, int rank, xccl_rank_info_t *ou
 }
 
 void xccl_shm_describe_rank(const xccl_world_t *world, int rank, char *out, size_t bytes) {
-    static const char *const STATES[] = {"not attached yet", "alive", "has left", "dead"};
+    static const char *const STATES[] = {"not attached yet", "alive", "has left", "dead", "stopped"};
     xccl_rank_info_t info;
     if (xccl_shm_rank_info(world, rank, &info) != XCCL_OK) {
         snprintf(out, bytes, "rank %d", rank);

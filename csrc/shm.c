@@ -15,6 +15,7 @@
 
 #include "comm.h"
 #include "heap.h"
+#include "process.h"
 #include "status.h"
 
 #ifndef MAP_FIXED_NOREPLACE
@@ -22,7 +23,7 @@
 #endif
 
 static const uint64_t MAGIC = 0x6c63637830303031; /* changes with nothing: the ABI number does */
-static const uint32_t ABI = 1;
+static const uint32_t ABI = 2;
 static const uint64_t HUGE_PAGE = 2ull << 20;
 static const uint64_t META_BYTES = 4ull << 30;
 
@@ -122,7 +123,14 @@ int xccl_shm_format(int fd, const xccl_config_t *config) {
     if (config->p2p_slots & (config->p2p_slots - 1))
         return xccl_fail(XCCL_ERR_USAGE, "p2p_slots must be a power of two, got %llu",
                          (unsigned long long)config->p2p_slots);
-    xccl_header_t header = {.magic = MAGIC, .abi = ABI, .uid = geteuid(), .config = with_defaults(config)};
+    xccl_header_t header = {
+        .magic = MAGIC,
+        .abi = ABI,
+        .uid = geteuid(),
+        .config = with_defaults(config),
+        .created_ns = xccl_now_ns(),
+        .creator_pid = (int32_t)getpid(),
+    };
     lay_out(&header);
     uint64_t total = xccl_shm_object_bytes(config);
     if (ftruncate(fd, (off_t)total) != 0)
@@ -141,7 +149,65 @@ int xccl_shm_format(int fd, const xccl_config_t *config) {
     return XCCL_OK;
 }
 
+/* ---- the creator ---- */
+
+int xccl_shm_hold(int fd) {
+    if (!xccl_process_hold(fd, XCCL_CREATOR_BYTE))
+        return xccl_fail_errno(errno, "cannot lock the shared object");
+    const int32_t held = 1;
+    if (pwrite(fd, &held, sizeof held, offsetof(xccl_header_t, held)) != (ssize_t)sizeof held)
+        return xccl_fail_errno(errno, "cannot write the control page");
+    return XCCL_OK;
+}
+
+int xccl_shm_is_held(int fd) {
+    uint64_t magic = 0;
+    if (pread(fd, &magic, sizeof magic, 0) != (ssize_t)sizeof magic || magic != MAGIC)
+        return xccl_fail(XCCL_ERR_USAGE, "descriptor %d is not an xccl object", fd);
+    return xccl_process_is_held(fd, XCCL_CREATOR_BYTE);
+}
+
+static void *end_after_creator(void *arg) {
+    int fd = (int)(intptr_t)arg;
+    if (xccl_process_await_release(fd, XCCL_CREATOR_BYTE))
+        kill(getpid(), SIGKILL); /* as the parent-death signal does: the rank may be anywhere */
+    return NULL;
+}
+
+int xccl_shm_die_with_creator(xccl_world_t *world) {
+    if (!world->header->held)
+        return XCCL_OK;
+    /* an open file description of its own, kept to the end: the lock that the thread gets must be nobody else's */
+    int fd = xccl_process_reopen(world->fd);
+    if (fd < 0)
+        return xccl_fail_errno(errno, "cannot open the shared object anew");
+    pthread_t thread;
+    sigset_t all, before;
+    sigfillset(&all); /* signals are for the program's own threads */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int error = pthread_create(&thread, NULL, end_after_creator, (void *)(intptr_t)fd);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (error) {
+        close(fd);
+        return xccl_fail_errno(error, "cannot start the thread that watches the launcher");
+    }
+    pthread_detach(thread);
+    return XCCL_OK;
+}
+
 /* ---- attaching ---- */
+
+/* The header's numbers are those that its configuration leads to, so that no offset leaves the object. */
+static bool is_laid_out(const xccl_header_t *header) {
+    const xccl_config_t *config = &header->config;
+    if (config->size < 1 || config->size > XCCL_MAX_RANKS || config->heap_bytes > UINT64_MAX / 8 / XCCL_MAX_RANKS)
+        return false;
+    xccl_header_t right = {.config = *config};
+    lay_out(&right);
+    return header->control_bytes == right.control_bytes && header->stride == right.stride &&
+           memcmp(header->area_offset, right.area_offset, sizeof right.area_offset) == 0 &&
+           memcmp(header->area_bytes, right.area_bytes, sizeof right.area_bytes) == 0;
+}
 
 static int read_header(int fd, const char *session, xccl_header_t *header) {
     struct stat stat;
@@ -160,6 +226,8 @@ static int read_header(int fd, const char *session, xccl_header_t *header) {
     if (session && strncmp(session, header->config.session, XCCL_SESSION_BYTES) != 0)
         return xccl_fail(XCCL_ERR_USAGE, "the object is of session %.32s, expected %.32s", header->config.session,
                          session);
+    if (!is_laid_out(header))
+        return xccl_fail(XCCL_ERR_USAGE, "the control page of session %.32s is damaged", header->config.session);
     uint64_t expected = header->control_bytes + (uint64_t)header->config.size * header->stride;
     if ((uint64_t)stat.st_size != expected)
         return xccl_fail(XCCL_ERR_USAGE, "the object has %llu bytes, its header says %llu",
@@ -167,13 +235,14 @@ static int read_header(int fd, const char *session, xccl_header_t *header) {
     return XCCL_OK;
 }
 
-static unsigned char *map_at(void *hint, int flags, uint64_t bytes, int fd) {
-    void *p = mmap(hint, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | flags, fd, 0);
+static unsigned char *map_at(void *hint, int flags, uint64_t bytes, const xccl_world_t *world) {
+    int access = world->read_only ? PROT_READ : PROT_READ | PROT_WRITE;
+    void *p = mmap(hint, bytes, access, MAP_SHARED | MAP_NORESERVE | flags, world->fd, 0);
     return p == MAP_FAILED ? NULL : p;
 }
 
 /* Moves the mapping to where the first rank has it, if that address is free here. */
-static void move_to_hint(xccl_mapping_t *mapping, int fd) {
+static void move_to_hint(xccl_mapping_t *mapping, const xccl_world_t *world) {
     uint64_t first = 0;
     _Atomic uint64_t *hint = &((xccl_header_t *)mapping->base)->base_hint;
     /* relaxed: only the number matters, nothing is read through it */
@@ -181,7 +250,7 @@ static void move_to_hint(xccl_mapping_t *mapping, int fd) {
                                                 memory_order_relaxed) ||
         first == (uint64_t)(uintptr_t)mapping->base)
         return;
-    unsigned char *same = map_at((void *)(uintptr_t)first, MAP_FIXED_NOREPLACE, mapping->bytes, fd);
+    unsigned char *same = map_at((void *)(uintptr_t)first, MAP_FIXED_NOREPLACE, mapping->bytes, world);
     if (same == (void *)(uintptr_t)first) {
         munmap(mapping->base, mapping->bytes);
         mapping->base = same;
@@ -194,7 +263,7 @@ static int map_object(xccl_world_t *world, uint64_t bytes) {
     xccl_mapping_t *mapping = calloc(1, sizeof *mapping);
     if (!mapping)
         return xccl_fail(XCCL_ERR_MEMORY, "out of memory");
-    mapping->base = map_at(NULL, 0, bytes, world->fd);
+    mapping->base = map_at(NULL, 0, bytes, world);
     if (!mapping->base) {
         free(mapping);
         return xccl_fail_errno(errno, "cannot map %llu bytes of address space (ulimit -v? lower XCCL_HEAP_SIZE)",
@@ -203,7 +272,7 @@ static int map_object(xccl_world_t *world, uint64_t bytes) {
     mapping->bytes = bytes;
     mapping->users = 1;
     if (world->rank >= 0) /* an observer's mapping is no guide for ranks */
-        move_to_hint(mapping, world->fd);
+        move_to_hint(mapping, world);
     world->mapping = mapping;
     return XCCL_OK;
 }
@@ -238,8 +307,10 @@ static int claim_rank(xccl_world_t *world) {
             "cannot be that rank (remove the XCCL_* variables from its environment)",
             world->rank, nobody);
     xccl_process_t self = {0};
-    xccl_shm_read_process(getpid(), &self);
+    if (world->pid_namespace && xccl_process_read(getpid(), &self))
+        atomic_store(&entry->pid_namespace, world->pid_namespace);
     atomic_store(&entry->start_time, self.start_time);
+    atomic_store(&entry->locked, xccl_process_hold(world->fd, (uint64_t)world->rank));
     atomic_store(&entry->waits_for, -1);
     /* the first page of each heap table and the context page of the world: all that exists before any allocation */
     uint64_t table = round_up(sizeof(xccl_heap_table_t), XCCL_PAGE);
@@ -275,14 +346,16 @@ static int open_world(int fd, int rank, const char *session, const xccl_world_t 
     if (!world)
         return xccl_fail(XCCL_ERR_MEMORY, "out of memory");
     world->rank = rank;
-    world->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    world->fd = xccl_process_reopen(fd);
     if (world->fd < 0) {
-        status = xccl_fail_errno(errno, "cannot duplicate descriptor %d", fd);
+        status = xccl_fail_errno(errno, "cannot open the shared object of descriptor %d anew (is /proc mounted?)", fd);
         free(world);
         return status;
     }
     pthread_once(&fork_once, watch_forks);
     world->fork_generation = atomic_load_explicit(&fork_generation, memory_order_relaxed);
+    world->pid_namespace = xccl_process_namespace();
+    world->read_only = (fcntl(world->fd, F_GETFL) & O_ACCMODE) == O_RDONLY;
     if (beside) {
         world->mapping = beside->mapping;
         /* relaxed: the mapping lives as long as `beside`, which the caller holds */
@@ -309,7 +382,10 @@ static int attach(int fd, int rank, const char *session, const xccl_world_t *bes
     int status = open_world(fd, rank, session, beside, &world);
     if (status != XCCL_OK)
         return status;
-    status = claim_rank(world);
+    if (world->read_only)
+        status = xccl_fail(XCCL_ERR_USAGE, "rank %d: descriptor %d is open for reading only", rank, fd);
+    else
+        status = claim_rank(world);
     if (status != XCCL_OK) {
         xccl_shm_unmap(world);
         return status;
@@ -332,6 +408,17 @@ int xccl_shm_attach_beside(const xccl_world_t *beside, int rank, xccl_world_t **
 
 int xccl_shm_observe(int fd, xccl_world_t **out) {
     return open_world(fd, -1, NULL, NULL, out);
+}
+
+void xccl_shm_session_info(const xccl_world_t *world, xccl_session_info_t *out) {
+    const xccl_header_t *header = world->header;
+    *out = (xccl_session_info_t){
+        .size = world->size,
+        .creator_pid = header->creator_pid,
+        .created_ns = header->created_ns,
+        .aborted = xccl_shm_is_aborted(world, NULL, NULL, 0),
+    };
+    snprintf(out->session, sizeof out->session, "%.31s", header->config.session);
 }
 
 static bool all_attached(void *arg) {
@@ -406,7 +493,7 @@ int xccl_shm_die_with_parent(int parent_pid) {
 
 void xccl_shm_abort(xccl_world_t *world, const char *text) {
     int32_t none = 0;
-    if (!atomic_compare_exchange_strong(&world->header->abort_state, &none, 1))
+    if (world->read_only || !atomic_compare_exchange_strong(&world->header->abort_state, &none, 1))
         return;
     snprintf(world->abort_text, XCCL_ABORT_TEXT_BYTES, "%s", text ? text : "");
     atomic_store(&world->header->abort_rank, world->rank);

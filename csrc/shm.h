@@ -19,6 +19,9 @@
 
 enum { XCCL_LINE = 64, XCCL_PAGE = 4096, XCCL_MAX_CONTEXTS = 256, XCCL_AREAS = 3, XCCL_MAX_HOOKS = XCCL_MAX_CONTEXTS };
 
+/* Byte of the object that its creator locks; those before it are the ranks'. See process.h. */
+enum { XCCL_CREATOR_BYTE = XCCL_MAX_RANKS };
+
 /* What a rank does; shown by hang reports and tools. Names in rank_table.c. */
 typedef enum xccl_op_t {
     XCCL_OP_NONE,
@@ -54,6 +57,9 @@ typedef struct xccl_header_t {
     uint32_t abi;
     uint32_t uid;
     xccl_config_t config;
+    int64_t created_ns; /* CLOCK_MONOTONIC */
+    int32_t creator_pid;
+    int32_t held; /* the creator holds its byte while it lives: xccl_shm_hold */
     uint64_t control_bytes;
     uint64_t stride;
     uint64_t area_offset[XCCL_AREAS]; /* from the start of a window */
@@ -64,7 +70,7 @@ typedef struct xccl_header_t {
 } xccl_header_t;
 
 /*   rank table entry: the words written by the rank itself and those written by others are on lines apart
- *   line 0  identity: pid, start time, state        written by the rank, read by all in slow paths
+ *   line 0  identity: process, state                written by the rank, read by all in slow paths
  *   line 1  sleeping: bits, see wait.c              written by the rank, read at every signal
  *   line 2  bell                                    written by ringers: the futex word
  *   line 3  what it does: operation, sequence, ...  written by the rank, read by tools
@@ -73,6 +79,8 @@ typedef struct xccl_rank_entry_t {
     _Alignas(64) _Atomic int32_t state;
     _Atomic int32_t pid;
     _Atomic uint64_t start_time;
+    _Atomic uint64_t pid_namespace; /* in which pid and start time mean something; 0: none */
+    _Atomic int32_t locked;         /* the rank holds its byte of the object, see process.h */
     _Alignas(64) _Atomic uint32_t sleeping;
     _Alignas(64) _Atomic uint32_t bell;
     _Alignas(64) _Atomic uint64_t sequence;
@@ -101,9 +109,11 @@ typedef struct xccl_mapping_t {
 struct xccl_world_t {
     int rank; /* -1: observer */
     int size;
-    int fd;
+    int fd; /* an open file description of its own, for its lock */
     bool detached;
+    bool read_only;           /* an observer without the right to write */
     unsigned fork_generation; /* of the process that attached */
+    uint64_t pid_namespace;   /* as in xccl_rank_entry_t */
     xccl_mapping_t *mapping;
     unsigned char *base; /* of the mapping */
     unsigned char *windows;
@@ -129,15 +139,7 @@ struct xccl_world_t {
 void xccl_op_begin(xccl_world_t *world, xccl_op_t op);
 void xccl_op_phase(xccl_world_t *world, int phase);
 
-typedef struct xccl_process_t {
-    char state; /* letter of /proc: R, S, Z, ... */
-    uint64_t start_time;
-} xccl_process_t;
-
-/* What /proc says of a process; false if it cannot be read. */
-bool xccl_shm_read_process(int pid, xccl_process_t *out);
-
-/* Process of `rank` is gone or a zombie, though it never left. */
+/* Process of `rank` is gone or a zombie, though it never left; or it cannot come because the creator is gone. */
 bool xccl_shm_is_dead(const xccl_world_t *world, int rank);
 
 /* Name of an operation for messages. */

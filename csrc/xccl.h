@@ -95,7 +95,8 @@ typedef enum xccl_rank_state_t {
     XCCL_RANK_ABSENT = 0,
     XCCL_RANK_ATTACHED = 1,
     XCCL_RANK_CLOSED = 2, /* left in order */
-    XCCL_RANK_DEAD = 3    /* its process is gone without having left */
+    XCCL_RANK_DEAD = 3,   /* its process is gone without having left */
+    XCCL_RANK_STOPPED = 4 /* attached, and its process is stopped: by SIGSTOP or a debugger */
 } xccl_rank_state_t;
 
 typedef struct xccl_rank_info_t {
@@ -109,13 +110,30 @@ typedef struct xccl_rank_info_t {
     int64_t moved_ns;    /* when operation or phase last changed, CLOCK_MONOTONIC */
 } xccl_rank_info_t;
 
+/* What a world is, for tools. */
+typedef struct xccl_session_info_t {
+    char session[32]; /* as in xccl_config_t */
+    int32_t size;
+    int32_t creator_pid; /* launcher, or rank 0 */
+    int64_t created_ns;  /* CLOCK_MONOTONIC */
+    int32_t aborted;     /* 1: ended by xccl_shm_abort */
+} xccl_session_info_t;
+
 /* Bytes of the shared object (address space; pages are reserved when they are allocated). */
 uint64_t xccl_shm_object_bytes(const xccl_config_t *config);
 
 /* Sizes the fresh, empty object `fd` and writes its control page. Called once, by the creator. */
 int xccl_shm_format(int fd, const xccl_config_t *config);
 
-/* Maps the object as `rank` after verifying magic, ABI, session and owner. `fd` is duplicated.
+/* Marks the calling process as the creator for as long as it has `fd` open. Ranks must get another
+ * one, which refers to the object opened anew. Once the creator is gone, ranks that have not attached count as dead. */
+int xccl_shm_hold(int fd);
+
+/* 1 if the creator of the object lives and holds it (see xccl_shm_hold), 0 if not, USAGE if `fd` is no xccl object.
+ * Not for the creator's own `fd`. */
+int xccl_shm_is_held(int fd);
+
+/* Maps the object as `rank` after verifying magic, ABI, session, owner and layout. `fd` is opened anew.
  * Raises USAGE when the rank is taken (a forked or spawned child of a rank attaches again). */
 int xccl_shm_attach(int fd, int rank, const char *session, xccl_world_t **out);
 
@@ -149,8 +167,12 @@ int xccl_shm_is_aborted(const xccl_world_t *world, int *out_rank, char *text, si
 /* State of any rank. Also usable by an observer (see xccl_shm_observe). */
 int xccl_shm_rank_info(const xccl_world_t *world, int rank, xccl_rank_info_t *out);
 
-/* Maps only the control page, without becoming a rank: for launchers and tools. End with xccl_shm_unmap. */
+/* Maps only the control page, without becoming a rank: for launchers and tools. End with xccl_shm_unmap.
+ * A descriptor that is open for reading only is enough; such an observer changes nothing and cannot abort. */
 int xccl_shm_observe(int fd, xccl_world_t **out);
+
+/* What the observed or attached world is. */
+void xccl_shm_session_info(const xccl_world_t *world, xccl_session_info_t *out);
 
 /* Called between sleeps of a waiting rank; non-zero ends the wait with INTERRUPTED. */
 typedef int (*xccl_interrupt_fn)(void);
@@ -158,6 +180,10 @@ void xccl_shm_set_interrupt(xccl_world_t *world, xccl_interrupt_fn interrupted);
 
 /* The kernel ends this process when the thread that created it ends (so no orphan outlives its launcher). */
 int xccl_shm_die_with_parent(int parent_pid);
+
+/* The kernel's word to a rank that is not a child of its launcher (a shell may stand between): a thread ends this
+ * process when the creator of the world ends. */
+int xccl_shm_die_with_creator(xccl_world_t *world);
 
 /* ---- communicators ------------------------------------------------------------------------------------- */
 
