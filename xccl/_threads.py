@@ -6,7 +6,6 @@ and calls into the C core without the interpreter lock, so ranks that wait do no
 
 from __future__ import annotations
 
-import os
 import queue
 import sys
 import threading
@@ -17,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from xccl._binding import check, ffi, lib
-from xccl._world import Observer, World, create_object
+from xccl._object import SharedObject
+from xccl._world import Observer, World
 from xccl.communicator import Communicator
 from xccl.errors import XcclAborted, XcclTimeout
 
@@ -33,10 +33,10 @@ class _Outcome:
 
 def run_threads(fn: Callable[..., Any], nranks: int, args: tuple[Any, ...], timeout: float | None) -> list[Any]:
     """Runs `fn(comm, *args)` on `nranks` threads of this process; see `xccl.run`."""
-    fd, session = create_object(nranks)
-    observer = Observer(fd)
+    shared = SharedObject(nranks)
+    observer = Observer(shared.fd)
     try:
-        ranks = _Ranks(fn, args, _attach(fd, session, nranks))
+        ranks = _Ranks(fn, args, _attach(shared, nranks))
         try:
             return ranks.collect(observer, timeout)
         except BaseException as error:  # Ctrl-C, too: nobody may be left in a call
@@ -45,11 +45,11 @@ def run_threads(fn: Callable[..., Any], nranks: int, args: tuple[Any, ...], time
             raise
     finally:
         observer.close()
-        os.close(fd)
+        shared.close()
 
 
-def _attach(fd: int, session: str, nranks: int) -> list[World]:
-    first = World(fd, 0, session)
+def _attach(shared: SharedObject, nranks: int) -> list[World]:
+    first = World(shared.fd, 0, shared.session)
     # Signal handlers run in the main thread, where no rank is.
     lib.xccl_shm_set_interrupt(first._w, ffi.NULL)
     return [first, *(first.beside(rank) for rank in range(1, nranks))]

@@ -1,9 +1,8 @@
-"""One rank's attachment to the shared object, and the creation of that object."""
+"""One rank's attachment to the shared object, and the view of a launcher or tool."""
 
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 import threading
 import traceback
@@ -12,63 +11,29 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import posix_ipc
 
 from xccl._binding import check, ffi, lib
-from xccl.errors import XcclAborted
-from xccl.options import check_environment, rc
-
-
-def create_object(size: int) -> tuple[int, str]:
-    """Creates the shared object for a world of `size` ranks; returns its descriptor and session id.
-
-    The object loses its name at once: ranks get the descriptor from a parent or over a socket, so nothing is
-    left in /dev/shm whatever dies when.
-    """
-    check_environment()
-    session = secrets.token_hex(12)
-    memory = posix_ipc.SharedMemory(f"/xccl-{session}", posix_ipc.O_CREX, mode=0o600)
-    try:
-        memory.unlink()
-        check(lib.xccl_shm_format(memory.fd, _config(size, session)))
-    except BaseException:
-        memory.close_fd()
-        raise
-    return memory.fd, session
-
-
-def _config(size: int, session: str) -> Any:
-    return ffi.new(
-        "xccl_config_t *",
-        {
-            "size": size,
-            "cores": len(os.sched_getaffinity(0)),
-            "heap_bytes": rc.heap_size,
-            "p2p_slot_bytes": rc.p2p_slot_size,
-            "p2p_slots": rc.p2p_slots,
-            "coll_block_bytes": rc.coll_block_size,
-            "spin": rc.spin,
-            "yields": rc.yields,
-            "timeout_ns": int(rc.timeout * 1e9),
-            "init_timeout_ns": int(rc.init_timeout * 1e9),
-            "session": session.encode(),
-        },
-    )
+from xccl.errors import XcclAborted, XcclUsageError
 
 
 class World:
     """A rank's mapping of the shared object.
 
     It is unmapped when the communicators and the last array that lies in it are gone, so an array never dangles.
+    With `session` None the object may be of any session: its name was proof enough.
     """
 
-    def __init__(self, fd: int, rank: int, session: str) -> None:
+    def __init__(self, fd: int, rank: int, size: int, session: str | None) -> None:
         out = ffi.new("xccl_world_t **")
-        check(lib.xccl_shm_attach(fd, rank, session.encode(), out))
+        check(lib.xccl_shm_attach(fd, rank, ffi.NULL if session is None else session.encode(), out))
         self._w = out[0]
         self.rank = rank
         self.size = int(lib.xccl_shm_size(self._w))
-        self.session = session
+        if self.size != size:
+            raise XcclUsageError(f"rank {rank}: the job has {size} ranks, the world found has {self.size}")
+        info = ffi.new("xccl_session_info_t *")
+        lib.xccl_shm_session_info(self._w, info)
+        self.session = ffi.string(info.session).decode()
         if threading.current_thread() is threading.main_thread():
             lib.xccl_shm_set_interrupt(self._w, lib.xccl_python_interrupted)
 
@@ -83,6 +48,10 @@ class World:
     def wait_all_attached(self) -> None:
         """Returns when every rank has attached; raises XcclTimeout naming those that are missing."""
         check(lib.xccl_shm_wait_all_attached(self._w, lib.XCCL_TIMEOUT_DEFAULT))
+
+    def die_with_creator(self) -> None:
+        """Ends this process when the launcher ends, whose child it need not be."""
+        check(lib.xccl_shm_die_with_creator(self._w))
 
     def detach(self) -> None:
         """Leaves the world. Arrays stay readable."""

@@ -2,7 +2,8 @@
 
 Every way ends in the same three things: a descriptor of the shared object, a rank, and the session id. The
 launcher passes the descriptor by inheritance, MPI and torchrun ranks get it from rank 0 over a Unix socket
-(which also proves that they share a host with it).
+(which also proves that they share a host with it). With XCCL_SHM_DIR they find the object by its name in that
+directory instead: ranks in containers of their own share no network namespace, so they cannot reach that socket.
 """
 
 from __future__ import annotations
@@ -13,22 +14,28 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from xccl._world import create_object
+from xccl._object import SharedObject, open_published, shm_directory
 from xccl.errors import XcclError, XcclTimeout, XcclUsageError
 from xccl.options import check_environment, rc
 
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's place in a world that is about to start. The descriptor belongs to the receiver."""
+    """A rank's place in a world that is about to start. The descriptor belongs to the receiver.
+
+    `session` is None if the object was found by a name that only this job has. `created` is the object that this rank
+    made: to be closed once all have attached.
+    """
 
     fd: int
     rank: int
-    session: str
+    size: int
+    session: str | None
     abort: Callable[[], Any] | None = None
+    created: SharedObject | None = None
 
 
 def launcher() -> str | None:
@@ -57,8 +64,7 @@ def find_place(comm: Any = None) -> Place:
         return _place_from_mpi(_world_of_mpi())
     if started_by == "torchrun":
         return _place_from_torchrun()
-    fd, session = create_object(1)
-    return Place(fd, 0, session)
+    return _place_of_creator(SharedObject(1), 1)
 
 
 # ---- xccl run, xccl.run ----
@@ -73,7 +79,8 @@ def _place_from_launcher() -> Place:
             f"XCCL_FD={fd} is not open in this process: a program between the launcher and the rank closed it, "
             "or the variables were inherited by a child of a rank (remove the XCCL_* variables from its environment)"
         ) from None
-    return Place(own, int(os.environ["XCCL_RANK"]), os.environ["XCCL_SESSION"])
+    rank, size = int(os.environ["XCCL_RANK"]), int(os.environ["XCCL_WORLD_SIZE"])
+    return Place(own, rank, size, os.environ["XCCL_SESSION"])
 
 
 # ---- MPI ----
@@ -108,9 +115,9 @@ def _place_from_mpi(comm: Any) -> Place:
     if not hasattr(comm, "Get_rank") or not hasattr(comm, "bcast"):
         raise XcclUsageError(f"init(comm=) takes an mpi4py communicator, got {type(comm).__name__}")
     rank, size = comm.Get_rank(), comm.Get_size()
-    name = comm.bcast(f"xccl-{secrets.token_hex(12)}" if rank == 0 else None, root=0)
-    fd, session = _share_object(name, rank, size)
-    return Place(fd, rank, session, abort=lambda: comm.Abort(1))
+    session = comm.bcast(secrets.token_hex(12) if rank == 0 else None, root=0)
+    place = _share_object(f"xccl-{session}", rank, size, session)
+    return replace(place, abort=lambda: comm.Abort(1))
 
 
 # ---- torchrun ----
@@ -130,25 +137,49 @@ def _place_from_torchrun() -> Place:
     keys += [os.environ.get(key, "") for key in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
     name = "-".join(["xccl", str(os.geteuid()), *keys, str(_torchrun_worlds)])
     _torchrun_worlds += 1
-    fd, session = _share_object(name, rank, size)
-    return Place(fd, rank, session)
+    return _share_object(name, rank, size)
 
 
-# ---- passing the descriptor ----
-# An abstract Unix socket (first byte 0) has no file: it vanishes with the process that bound it.
+# ---- from rank 0 to the others ----
 
 
-def _share_object(name: str, rank: int, size: int) -> tuple[int, str]:
+def _share_object(name: str, rank: int, size: int, session: str | None = None) -> Place:
+    """Rank 0 makes the object; the others get it from it, by the name in XCCL_SHM_DIR or over a socket."""
     deadline = time.monotonic() + rc.init_timeout
     if rank != 0:
-        return _fetch_object(name, rank, deadline)
-    fd, session = create_object(size)
+        if rc.shm_dir:
+            return Place(_await_published(name, rank, deadline), rank, size, session)
+        fd, sent = _fetch_object(name, rank, deadline)
+        return Place(fd, rank, size, sent)
+    created = SharedObject(size, session)
     try:
-        _serve_object(name, fd, session, size - 1, deadline)
+        if rc.shm_dir:
+            created.publish(name)
+        else:
+            _serve_object(name, created.fd, created.session, size - 1, deadline)
+        return _place_of_creator(created, size)
     except BaseException:
-        os.close(fd)
+        created.close()
         raise
-    return fd, session
+
+
+def _place_of_creator(created: SharedObject, size: int) -> Place:
+    return Place(os.dup(created.fd), 0, size, created.session, created=created)
+
+
+def _await_published(name: str, rank: int, deadline: float) -> int:
+    path = shm_directory() / name
+    while (fd := open_published(path)) is None:
+        if time.monotonic() > deadline:
+            raise XcclTimeout(
+                f"rank {rank}: rank 0 did not make {path} in time (XCCL_INIT_TIMEOUT). XCCL_SHM_DIR must be set for all "
+                "ranks, and be the same directory of one host"
+            )
+        time.sleep(0.005)
+    return fd
+
+
+# An abstract Unix socket (first byte 0) has no file: it vanishes with the process that bound it.
 
 
 def _check_peer(peer: socket.socket) -> None:
@@ -184,7 +215,7 @@ def _fetch_object(name: str, rank: int, deadline: float) -> tuple[int, str]:
                 if time.monotonic() > deadline:
                     raise XcclTimeout(
                         f"rank {rank}: rank 0 did not open the rendezvous in time (XCCL_INIT_TIMEOUT). "
-                        "All ranks must run on one host and in one network namespace"
+                        "All ranks must run on one host; in containers of their own they need XCCL_SHM_DIR"
                     ) from None
                 time.sleep(0.005)
         server.settimeout(max(deadline - time.monotonic(), 0.001))

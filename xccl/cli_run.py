@@ -13,7 +13,8 @@ from types import FrameType
 from typing import IO, Any
 
 from xccl._binding import check, lib
-from xccl._world import Observer, create_object
+from xccl._object import SharedObject
+from xccl._world import Observer
 from xccl.launcher import check_nranks, describe_exit, launch_environment
 from xccl.options import options_text
 
@@ -86,21 +87,21 @@ class Job:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.selector = selectors.DefaultSelector()
         self.pidfds: list[int] = []
-        self.fd, self.session = create_object(size)
-        self.observer = Observer(self.fd)
+        self.shared = SharedObject(size)
+        self.observer = Observer(self.shared.fd)
 
     def start(self) -> None:
         """Starts all ranks. Rank 0 has this process's standard input, the others none."""
         launcher = os.getpid()
         for rank in range(self.size):
-            environment = os.environ | launch_environment(self.fd, rank, self.size, self.session)
+            environment = os.environ | launch_environment(self.shared, rank, self.size)
             process = subprocess.Popen(
                 self.command,
                 env=environment | {"PYTHONUNBUFFERED": "1"},
                 stdin=None if rank == 0 else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=(self.fd,),
+                pass_fds=(self.shared.fd,),
                 # In a session of their own: Ctrl-C comes to the launcher only, which ends them in order.
                 start_new_session=True,
                 preexec_fn=lambda: check(lib.xccl_shm_die_with_parent(launcher)),
@@ -222,7 +223,7 @@ class Job:
             os.close(pidfd)
         self.selector.close()
         self.observer.close()
-        os.close(self.fd)
+        self.shared.close()
 
 
 class Forwarder:

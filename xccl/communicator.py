@@ -11,7 +11,7 @@ from typing import Any
 from xccl._binding import check, entry, ffi, lib, timeout_ns
 from xccl._world import World, abort_on_uncaught
 from xccl.address_space import AddressSpace
-from xccl.bootstrap import find_place
+from xccl.bootstrap import Place, find_place
 from xccl.collectives import Collectives
 from xccl.errors import XcclUsageError
 from xccl.point_to_point import PointToPoint
@@ -166,17 +166,29 @@ def init(comm: Any = None, *, timeout: float | None = None) -> Communicator:
     """
     place = find_place(comm)
     try:
-        world = World(place.fd, place.rank, place.session)
+        world = _attach(place)
+        if timeout is not None:
+            lib.xccl_shm_set_timeout(world._w, timeout_ns(timeout))
+        abort_on_uncaught(world, place.abort)
+        world.wait_all_attached()
     finally:
-        os.close(place.fd)
-    if timeout is not None:
-        lib.xccl_shm_set_timeout(world._w, timeout_ns(timeout))
-    abort_on_uncaught(world, place.abort)
-    world.wait_all_attached()
+        if place.created is not None:
+            place.created.close()
     out = ffi.new("xccl_comm_t **")
     check(lib.xccl_comm_open(world._w, out))
     atexit.register(_leave, weakref.ref(world))
     return Communicator(world, out[0])
+
+
+def _attach(place: Place) -> World:
+    try:
+        world = World(place.fd, place.rank, place.size, place.session)
+    finally:
+        os.close(place.fd)
+    # The kernel ends children of the launcher with it; a shell or a tool may stand between it and the rank.
+    if os.environ.get("XCCL_LAUNCHER_PID", str(os.getppid())) != str(os.getppid()):
+        world.die_with_creator()
+    return world
 
 
 def _leave(world: weakref.ref[World]) -> None:

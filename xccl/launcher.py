@@ -19,23 +19,25 @@ from pathlib import Path
 from typing import Any
 
 from xccl._binding import check, lib
+from xccl._object import SharedObject
 from xccl._threads import GRACE_SECONDS, run_threads
-from xccl._world import Observer, create_object
+from xccl._world import Observer
+from xccl.cgroup import usable_cores
 from xccl.communicator import init
 from xccl.errors import XcclAborted, XcclPeerLost, XcclTimeout, XcclUsageError
 
 
-def launch_environment(fd: int, rank: int, size: int, session: str) -> dict[str, str]:
+def launch_environment(shared: SharedObject, rank: int, size: int) -> dict[str, str]:
     """The variables by which a rank finds its world."""
     environment = {
-        "XCCL_FD": str(fd),
+        "XCCL_FD": str(shared.fd),
         "XCCL_RANK": str(rank),
         "XCCL_WORLD_SIZE": str(size),
-        "XCCL_SESSION": session,
+        "XCCL_SESSION": shared.session,
         "XCCL_LAUNCHER_PID": str(os.getpid()),
     }
     # As many BLAS threads as cores in every rank would fight for the cores.
-    threads = str(max(1, len(os.sched_getaffinity(0)) // size))
+    threads = str(max(1, usable_cores() // size))
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         environment[variable] = os.environ.get(variable, threads)
     return environment
@@ -102,8 +104,8 @@ def run(
         if logs is not None:
             raise XcclUsageError('xccl.run: logs= needs host="processes": threads share the output of their process')
         return run_threads(fn, nranks, args, timeout)
-    fd, session = create_object(nranks)
-    observer = Observer(fd)
+    shared = SharedObject(nranks)
+    observer = Observer(shared.fd)
     context = multiprocessing.get_context("fork")
     sys.stdout.flush()
     sys.stderr.flush()
@@ -111,7 +113,7 @@ def run(
     try:
         for rank in range(nranks):
             ours, theirs = context.Pipe(duplex=False)
-            target = (fn, args, launch_environment(fd, rank, nranks, session), theirs, ours, logs)
+            target = (fn, args, launch_environment(shared, rank, nranks), theirs, ours, logs)
             process = context.Process(target=_rank_main, args=target, name=f"xccl rank {rank}")
             process.start()
             theirs.close()
@@ -120,7 +122,7 @@ def run(
     finally:
         _end(ranks)
         observer.close()
-        os.close(fd)
+        shared.close()
 
 
 class _Rank:

@@ -14,7 +14,8 @@ from xccl.errors import XcclUsageError
 class Option:
     """One option: `rc.<name>` in Python, `XCCL_<NAME>` in the environment.
 
-    `unit` is "s", "bytes" (accepts 64K, 16M, 2G), "count", or a list of words such as "auto|scalar|avx2".
+    `unit` is "s", "bytes" (accepts 64K, 16M, 2G), "count", "directory" (a path from the root, or nothing), or a list of
+    words such as "auto|scalar|avx2".
     """
 
     name: str
@@ -50,12 +51,17 @@ class Option:
             if number < 0:
                 raise ValueError(text)
             return number
+        if self.unit == "directory":
+            if text and not os.path.isabs(text):
+                raise ValueError(text)
+            return text
         if text not in self.unit.split("|"):
             raise ValueError(text)
         return text
 
     def _accepts(self) -> str:
         units = {"s": "seconds > 0", "bytes": "bytes (64K, 16M, 2G)", "count": "a whole number >= 0"}
+        units["directory"] = "a directory, written from the root"
         return units.get(self.unit, f"one of {self.unit}")
 
 
@@ -74,6 +80,12 @@ OPTIONS = (
     ),
     Option(
         "coll_block_size", 0, "bytes", "staging block of collectives on ordinary arrays; 0: half of a core's L2 cache"
+    ),
+    Option(
+        "shm_dir",
+        "",
+        "directory",
+        "where the shared memory lies, on a tmpfs, and where ranks of mpirun and torchrun meet; empty: /dev/shm",
     ),
 )
 
