@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
@@ -110,25 +111,33 @@ static uint64_t file_offset(const xccl_world_t *world, int rank, uint64_t offset
     return (uint64_t)((unsigned char *)xccl_gas_at(world, rank, offset) - world->base);
 }
 
+/* Bytes that the file system of the object still has; UINT64_MAX if it has no limit. */
+static uint64_t available_bytes(const xccl_world_t *world) {
+    struct statvfs disk;
+    if (fstatvfs(world->fd, &disk) != 0 || disk.f_blocks == 0)
+        return UINT64_MAX;
+    return (uint64_t)disk.f_bavail * disk.f_frsize;
+}
+
+static int fail_full(const xccl_world_t *world, const char *what, uint64_t needed, uint64_t available) {
+    return xccl_fail(XCCL_ERR_MEMORY,
+                     "rank %d: %s needs %llu bytes of shared memory, %llu are free: allocate less, or enlarge /dev/shm "
+                     "(containers: --shm-size; machines: mount -o remount,size=...), or the tmpfs of XCCL_SHM_DIR",
+                     world->rank, what, (unsigned long long)needed, (unsigned long long)available);
+}
+
 int xccl_heap_commit_at(xccl_world_t *world, int rank, uint64_t offset, uint64_t bytes) {
     if (bytes == 0)
         return XCCL_OK;
     uint64_t first = offset / XCCL_PAGE * XCCL_PAGE;
     uint64_t length = page_round(offset + bytes) - first;
-    int error;
-    do
-        error = posix_fallocate(world->fd, (off_t)file_offset(world, rank, first), (off_t)length);
-    while (error == EINTR);
+    int error = xccl_shm_reserve(world->fd, file_offset(world, rank, first), length);
     if (error == 0)
         return XCCL_OK;
-    if (error != ENOSPC && error != EFBIG && error != ENOMEM)
+    if (error != ENOSPC && error != EFBIG && error != ENOMEM && error != EDQUOT)
         return xccl_fail_errno(error, "cannot reserve %llu bytes of shared memory", (unsigned long long)length);
-    struct statvfs disk;
-    uint64_t available = fstatvfs(world->fd, &disk) == 0 ? (uint64_t)disk.f_bavail * disk.f_frsize : 0;
-    return xccl_fail(XCCL_ERR_MEMORY,
-                     "rank %d needs %llu bytes of shared memory, %llu are free: allocate less, or enlarge /dev/shm "
-                     "(containers: --shm-size; machines: mount -o remount,size=...)",
-                     world->rank, (unsigned long long)length, (unsigned long long)available);
+    int op = atomic_load_explicit(&world->ranks[world->rank].operation, memory_order_relaxed);
+    return fail_full(world, xccl_op_name(op), length, available_bytes(world));
 }
 
 int xccl_heap_commit(xccl_world_t *world, uint64_t offset, uint64_t bytes) {
@@ -214,7 +223,16 @@ static int agree_on_outcome(xccl_comm_t *comm, int local, int64_t deadline) {
     return XCCL_OK;
 }
 
-static int place_block(xccl_comm_t *comm, xccl_area_t area, uint64_t bytes, int flags, uint64_t offset) {
+/* `available` is what was free before any member took its part. */
+static int place_block(xccl_comm_t *comm, xccl_area_t area, uint64_t bytes, int flags, uint64_t offset,
+                       uint64_t available) {
+    uint64_t together = page_round(bytes) * (uint64_t)comm->size;
+    if (!(flags & XCCL_HEAP_ADDRESS_ONLY) && together > available) {
+        char what[96];
+        snprintf(what, sizeof what, "allocation of %llu bytes on each of %d ranks", (unsigned long long)bytes,
+                 comm->size);
+        return fail_full(comm->world, what, together, available);
+    }
     int status = insert_block(comm, area, (xccl_block_t){offset, bytes, (uint64_t)comm->context});
     if (status == XCCL_OK && !(flags & XCCL_HEAP_ADDRESS_ONLY)) {
         status = xccl_heap_commit(comm->world, offset, bytes);
@@ -235,6 +253,7 @@ static int allocate(xccl_comm_t *comm, xccl_area_t area, uint64_t bytes, int fla
         return status;
     /* Between the two syncs no member changes its tables, so all compute the same offset. */
     uint64_t offset = find_room(comm, area, bytes);
+    uint64_t available = available_bytes(comm->world);
     status = xccl_comm_sync(comm, deadline);
     if (status != XCCL_OK)
         return status;
@@ -243,7 +262,7 @@ static int allocate(xccl_comm_t *comm, xccl_area_t area, uint64_t bytes, int fla
             XCCL_ERR_MEMORY,
             "no %llu bytes of address space are free in the %s area of %llu bytes: set XCCL_HEAP_SIZE higher",
             (unsigned long long)bytes, AREAS[area], (unsigned long long)comm->world->header->area_bytes[area]);
-    int local = place_block(comm, area, bytes, flags, offset);
+    int local = place_block(comm, area, bytes, flags, offset, available);
     status = agree_on_outcome(comm, local, deadline);
     if (status != XCCL_OK) {
         if (local == XCCL_OK) {

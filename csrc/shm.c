@@ -117,6 +117,14 @@ uint64_t xccl_shm_object_bytes(const xccl_config_t *config) {
     return header.control_bytes + (uint64_t)header.config.size * header.stride;
 }
 
+int xccl_shm_reserve(int fd, uint64_t offset, uint64_t bytes) {
+    int status;
+    do
+        status = fallocate(fd, 0, (off_t)offset, (off_t)bytes);
+    while (status != 0 && errno == EINTR);
+    return status == 0 ? 0 : errno;
+}
+
 int xccl_shm_format(int fd, const xccl_config_t *config) {
     if (config->size < 1 || config->size > XCCL_MAX_RANKS)
         return xccl_fail(XCCL_ERR_USAGE, "a world has 1 to %d ranks, got %d", XCCL_MAX_RANKS, config->size);
@@ -137,13 +145,14 @@ int xccl_shm_format(int fd, const xccl_config_t *config) {
         return xccl_fail_errno(errno,
                                "cannot size the shared object to %llu bytes of address space (lower XCCL_HEAP_SIZE?)",
                                (unsigned long long)total);
-    int error = posix_fallocate(fd, 0, (off_t)control_bytes(header.config.size));
+    int error = xccl_shm_reserve(fd, 0, control_bytes(header.config.size));
     if (error == ENOSPC)
         return xccl_fail(XCCL_ERR_MEMORY,
-                         "no room in shared memory for the control page (%llu bytes); in a container raise --shm-size",
+                         "the control page needs %llu bytes of shared memory, fewer are free: enlarge /dev/shm "
+                         "(containers: --shm-size), or the tmpfs of XCCL_SHM_DIR",
                          (unsigned long long)control_bytes(header.config.size));
     if (error)
-        return xccl_fail_errno(error, "cannot reserve the control page");
+        return xccl_fail_errno(error, "cannot reserve the control page; is the shared memory on a tmpfs?");
     if (pwrite(fd, &header, sizeof header, 0) != (ssize_t)sizeof header)
         return xccl_fail_errno(errno, "cannot write the control page");
     return XCCL_OK;
@@ -517,7 +526,7 @@ static int fail_aborted(const xccl_world_t *world) {
     int rank = atomic_load(&world->header->abort_rank);
     if (rank < 0)
         return xccl_fail(XCCL_ERR_ABORTED, "the launcher ended the world: %s", world->abort_text);
-    return xccl_fail(XCCL_ERR_ABORTED, "rank %d ended the world:\n%s", rank, world->abort_text);
+    return xccl_fail_about(XCCL_ERR_ABORTED, rank, "rank %d ended the world:\n%s", rank, world->abort_text);
 }
 
 int xccl_check_usable(const xccl_world_t *world) {

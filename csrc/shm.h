@@ -135,6 +135,10 @@ struct xccl_world_t {
     uint64_t mourned[XCCL_MAX_RANKS / 64]; /* dead ranks that shrink has dealt with */
 };
 
+/* Reserves pages of the object; 0 or an errno. Never by writing, as posix_fallocate does where the file system cannot:
+ * peers may be writing there. */
+int xccl_shm_reserve(int fd, uint64_t offset, uint64_t bytes);
+
 /* Note what this rank does. Relaxed stores to its own line: cheap, always on. */
 void xccl_op_begin(xccl_world_t *world, xccl_op_t op);
 void xccl_op_phase(xccl_world_t *world, int phase);

@@ -6,9 +6,14 @@
 
 /* Long enough for a timeout report with one line a rank of a large world; longer ones are cut at the end. */
 static _Thread_local char message[32768];
+static _Thread_local int about = -1;
 
 const char *xccl_error_message(void) {
     return message;
+}
+
+int xccl_error_rank(void) {
+    return about;
 }
 
 int xccl_fail(int status, const char *format, ...) {
@@ -16,6 +21,16 @@ int xccl_fail(int status, const char *format, ...) {
     va_start(args, format);
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
+    about = -1;
+    return status;
+}
+
+int xccl_fail_about(int status, int rank, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    about = rank;
     return status;
 }
 
@@ -24,6 +39,7 @@ int xccl_fail_errno(int error, const char *format, ...) {
     va_start(args, format);
     int length = vsnprintf(message, sizeof message, format, args);
     va_end(args);
+    about = -1;
     if (length >= 0 && (size_t)length < sizeof message)
         snprintf(message + length, sizeof message - (size_t)length, ": %s", strerror(error));
     return XCCL_ERR_SYSTEM;

@@ -8,6 +8,9 @@
 /* Records the message and returns `status`, so that callers write `return xccl_fail(...)`. */
 int xccl_fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+/* As xccl_fail, for an error that is about world rank `rank`. */
+int xccl_fail_about(int status, int rank, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
 /* As xccl_fail with ": <strerror(error)>" appended and status XCCL_ERR_SYSTEM. */
 int xccl_fail_errno(int error, const char *format, ...) __attribute__((format(printf, 2, 3)));
 

@@ -42,6 +42,9 @@ typedef enum xccl_status_t {
 /* Text of the calling thread's last error; valid until its next failing call. */
 const char *xccl_error_message(void);
 
+/* World rank that this error is about: who aborted. -1: none, or the launcher. */
+int xccl_error_rank(void);
+
 /* ---- element types ------------------------------------------------------------------------------------ */
 
 /* BYTES stands for any other type: it is moved, but not reduced. Rows of MoE are one of the first three. */

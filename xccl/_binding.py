@@ -81,6 +81,8 @@ def check(status: int) -> None:
     if status == lib.XCCL_ERR_INTERRUPTED and _pending_interrupt:
         raise _pending_interrupt.pop()
     message = ffi.string(lib.xccl_error_message()).decode(errors="replace")
+    if status == lib.XCCL_ERR_ABORTED:
+        raise errors.XcclAborted(message, int(lib.xccl_error_rank()), message.partition("\n")[2] or message)
     raise _ERRORS.get(status, errors.XcclError)(message)
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 import xccl
-from xccl import cli_bench, cli_run, cli_serve
+from xccl import cli_bench, cli_doctor, cli_gc, cli_ps, cli_run, cli_serve
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,6 +20,9 @@ def build_parser() -> argparse.ArgumentParser:
     cli_run.add_parser(subparsers)
     cli_serve.add_parser(subparsers)
     cli_bench.add_parser(subparsers)
+    cli_doctor.add_parser(subparsers)
+    cli_ps.add_parser(subparsers)
+    cli_gc.add_parser(subparsers)
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import selectors
 import signal
@@ -191,13 +192,17 @@ class Job:
         """Ends all ranks: by the abort flag those that wait in xccl, then by SIGTERM, then by SIGKILL."""
         self.observer.abort(reason)
         self.wait_for(ABORT_SECONDS)
-        for rank in self.running():
-            self.processes[rank].terminate()
+        self.signal(signal.SIGTERM)
         self.wait_for(TERM_SECONDS)
-        for rank in self.running():
-            self.processes[rank].kill()
+        self.signal(signal.SIGKILL)
         self.wait_for(TERM_SECONDS)
         self.drain()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to all that still run, and to their children: the rank may be behind a shell."""
+        for rank in self.running():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.processes[rank].pid, number)
 
     def wait_for(self, seconds: float) -> None:
         """Forwards output until all have ended, at most `seconds`."""
@@ -212,8 +217,7 @@ class Job:
 
     def close(self) -> None:
         """Ends what still runs and closes all descriptors."""
-        for rank in self.running():
-            self.processes[rank].kill()
+        self.signal(signal.SIGKILL)
         for process in self.processes:
             process.wait()
             for pipe in (process.stdout, process.stderr):
