@@ -370,7 +370,15 @@ int xccl_p2p_isend(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int de
     if (status != XCCL_OK)
         return status;
     xccl_op_begin(comm->world, XCCL_OP_SEND);
-    status = start(comm, buffer, bytes, dest, tag, mode == XCCL_SEND_SYNC, out);
+    xccl_request_t *send = NULL;
+    status = start(comm, buffer, bytes, dest, tag, mode == XCCL_SEND_SYNC, &send);
+    /* What has failed already is told now: the caller may wait for something else first, and for ever. */
+    if (status == XCCL_OK && send->done && send->status != XCCL_OK) {
+        xccl_message_t message;
+        return xccl_p2p_finish(comm->p2p, send, 0, &message);
+    }
+    if (status == XCCL_OK)
+        *out = send;
     xccl_p2p_settle_hook(comm->p2p);
     return status;
 }
