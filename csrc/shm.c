@@ -351,6 +351,9 @@ static int open_world(int fd, int rank, const char *session, const xccl_world_t 
         return status;
     if (rank >= header.config.size)
         return xccl_fail(XCCL_ERR_USAGE, "rank %d of a world of %d ranks", rank, header.config.size);
+    bool read_only = (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDONLY;
+    if (read_only && rank >= 0)
+        return xccl_fail(XCCL_ERR_USAGE, "rank %d: descriptor %d is open for reading only", rank, fd);
     xccl_world_t *world = calloc(1, sizeof *world);
     if (!world)
         return xccl_fail(XCCL_ERR_MEMORY, "out of memory");
@@ -364,7 +367,7 @@ static int open_world(int fd, int rank, const char *session, const xccl_world_t 
     pthread_once(&fork_once, watch_forks);
     world->fork_generation = atomic_load_explicit(&fork_generation, memory_order_relaxed);
     world->pid_namespace = xccl_process_namespace();
-    world->read_only = (fcntl(world->fd, F_GETFL) & O_ACCMODE) == O_RDONLY;
+    world->read_only = read_only;
     if (beside) {
         world->mapping = beside->mapping;
         /* relaxed: the mapping lives as long as `beside`, which the caller holds */
@@ -391,10 +394,7 @@ static int attach(int fd, int rank, const char *session, const xccl_world_t *bes
     int status = open_world(fd, rank, session, beside, &world);
     if (status != XCCL_OK)
         return status;
-    if (world->read_only)
-        status = xccl_fail(XCCL_ERR_USAGE, "rank %d: descriptor %d is open for reading only", rank, fd);
-    else
-        status = claim_rank(world);
+    status = claim_rank(world);
     if (status != XCCL_OK) {
         xccl_shm_unmap(world);
         return status;
