@@ -133,8 +133,12 @@ def _heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _start_waiting(program: Path) -> tuple[subprocess.Popen[str], list[int]]:
-    command = [sys.executable, "-m", "xccl", "run", "-n", "2", str(program), "wait"]
+def _start_waiting(program: Path, *, behind_shells: bool = False) -> tuple[subprocess.Popen[str], list[int]]:
+    """Two ranks: 0 waits in xccl, 1 sleeps outside it."""
+    waiting = [str(program), "wait"]
+    if behind_shells:  # so the rank's parent is no child of the launcher, and gets no signal at its death
+        waiting = ["sh", "-c", f"sh -c '{sys.executable} {program} wait; exit $?'; exit $?"]
+    command = [sys.executable, "-m", "xccl", "run", "-n", "2", *waiting]
     launcher = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_ctrl_c
     )
@@ -156,8 +160,9 @@ def _await_gone(pids: list[int]) -> None:
         time.sleep(0.02)
 
 
-def test_ctrl_c_ends_all_with_one_message(program: Path) -> None:
-    launcher, pids = _start_waiting(program)
+@pytest.mark.parametrize("behind_shells", [False, True])
+def test_ctrl_c_ends_all_with_one_message(program: Path, behind_shells: bool) -> None:
+    launcher, pids = _start_waiting(program, behind_shells=behind_shells)
     launcher.send_signal(signal.SIGINT)
     _, errors = launcher.communicate(timeout=30)
     assert launcher.returncode == 130
@@ -165,9 +170,10 @@ def test_ctrl_c_ends_all_with_one_message(program: Path) -> None:
     _await_gone(pids)
 
 
+@pytest.mark.parametrize("behind_shells", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_ranks_do_not_outlive_their_launcher(program: Path, number: signal.Signals) -> None:
-    launcher, pids = _start_waiting(program)
+def test_ranks_do_not_outlive_their_launcher(program: Path, number: signal.Signals, behind_shells: bool) -> None:
+    launcher, pids = _start_waiting(program, behind_shells=behind_shells)
     launcher.send_signal(number)
     launcher.communicate(timeout=30)
     _await_gone(pids)

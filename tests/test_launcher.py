@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -39,6 +41,62 @@ def test_an_exception_ends_all_and_carries_its_traceback() -> None:
     assert caught.value.rank == 1
     assert "fail_on_one" in caught.value.traceback_text
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_the_others_learn_who_failed_and_why(tmp_path: Path) -> None:
+    """Each survivor gets XcclAborted with the rank and its traceback."""
+
+    def fail_on_one(comm: xccl.Communicator) -> None:
+        if comm.rank == 1:
+            raise KeyError("the reason")
+        try:
+            comm.barrier()
+        except xccl.XcclAborted as error:
+            (tmp_path / str(comm.rank)).write_text(f"{error.rank}\n{error.traceback_text}")
+            raise
+
+    with pytest.raises(xccl.XcclAborted):
+        xccl.run(fail_on_one, 3, timeout=30)
+    for rank in (0, 2):
+        who, _, why = (tmp_path / str(rank)).read_text().partition("\n")
+        assert who == "1"
+        assert why.startswith("Traceback")
+        assert why.rstrip().endswith("KeyError: 'the reason'")
+
+
+WAITING = """
+import os, time, xccl
+def wait(comm):
+    os.write(1, f"{os.getpid()}\\n".encode())
+    time.sleep(60) if comm.rank == 1 else comm.recv(__import__("numpy").empty(1), 1)
+xccl.run(wait, 2)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_ranks_end_with_their_parent(number: signal.Signals) -> None:
+    """Ctrl-C goes to the ranks, too; only the parent says something."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", WAITING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert parent.stdout is not None
+    pids = [int(parent.stdout.readline()) for _ in range(2)]
+    if number == signal.SIGINT:
+        os.killpg(parent.pid, number)
+    else:
+        parent.send_signal(number)
+    _, errors = parent.communicate(timeout=30)  # the pipes close with the last rank
+    assert parent.returncode == -number
+    assert errors.count("Traceback") == (number == signal.SIGINT)
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])

@@ -22,6 +22,13 @@ def mpi(request: pytest.FixtureRequest) -> MpiEnvironment:
 
 
 def _run(mpi: MpiEnvironment, nranks: int, program: str) -> None:
+    code, output = _output_of(mpi, nranks, program)
+    assert code == 0, f"{program} on {nranks} ranks:\n{output[-4000:]}"
+    assert "all equal" in output
+
+
+def _output_of(mpi: MpiEnvironment, nranks: int, program: str) -> tuple[int, str]:
+    """Exit code, and what all ranks wrote."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("XCCL_")}
     environment |= mpi.variables() | {"XCCL_COLL_BLOCK_SIZE": "64K", "XCCL_TIMEOUT": "60", "OMP_NUM_THREADS": "1"}
     command = mpi.command(nranks, PROGRAMS / program)
@@ -40,8 +47,7 @@ def _run(mpi: MpiEnvironment, nranks: int, program: str) -> None:
         process.terminate()  # mpirun then ends its ranks
         output, _ = process.communicate(timeout=30)
         pytest.fail(f"{' '.join(command)} did not end in {TIMEOUT} s:\n{output[-4000:]}")
-    assert process.returncode == 0, f"{' '.join(command)}:\n{output[-4000:]}"
-    assert "all equal" in output
+    return process.returncode, output
 
 
 @pytest.mark.timeout(TIMEOUT + 60)
@@ -66,3 +72,11 @@ def test_worlds_of_parts(mpi: MpiEnvironment, nranks: int) -> None:
 @pytest.mark.parametrize("nranks", [1, 2, 3])
 def test_bench(mpi: MpiEnvironment, nranks: int) -> None:
     _run(mpi, nranks, "bench.py")
+
+
+@pytest.mark.timeout(TIMEOUT + 60)
+@pytest.mark.parametrize("nranks", [2, 4])
+def test_an_exception_aborts_the_job(mpi: MpiEnvironment, nranks: int) -> None:
+    code, output = _output_of(mpi, nranks, "abort.py")
+    assert code != 0
+    assert "RuntimeError: rank one is unhappy" in output
