@@ -134,9 +134,14 @@ int xccl_wait_look(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadlin
     if (status != XCCL_OK)
         return status;
     int lost = world->outlives_peers ? note_deaths(world, wait) : find_lost(world, wait, turn);
-    if (lost >= 0)
+    if (lost >= 0) {
         /* a peer may signal and then leave: its state was read first, so the signal is visible now */
-        return wait->ready(wait->arg) ? XCCL_OK : fail_lost(world, lost);
+        if (wait->ready(wait->arg))
+            return XCCL_OK;
+        /* ... and so is the abort that made it leave */
+        status = xccl_check_usable(world);
+        return status != XCCL_OK ? status : fail_lost(world, lost);
+    }
     if (world->outlives_peers && wait->ready(wait->arg))
         return XCCL_OK;
     if (xccl_now_ns() >= deadline)
