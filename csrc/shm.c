@@ -244,9 +244,13 @@ static int read_header(int fd, const char *session, xccl_header_t *header) {
     return XCCL_OK;
 }
 
-static unsigned char *map_at(void *hint, int flags, uint64_t bytes, const xccl_world_t *world) {
-    int access = world->read_only ? PROT_READ : PROT_READ | PROT_WRITE;
-    void *p = mmap(hint, bytes, access, MAP_SHARED | MAP_NORESERVE | flags, world->fd, 0);
+static bool is_read_only(int fd) {
+    return (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDONLY;
+}
+
+static unsigned char *map_at(void *hint, int flags, uint64_t bytes, int fd) {
+    int access = is_read_only(fd) ? PROT_READ : PROT_READ | PROT_WRITE;
+    void *p = mmap(hint, bytes, access, MAP_SHARED | MAP_NORESERVE | flags, fd, 0);
     return p == MAP_FAILED ? NULL : p;
 }
 
@@ -259,7 +263,7 @@ static void move_to_hint(xccl_mapping_t *mapping, const xccl_world_t *world) {
                                                 memory_order_relaxed) ||
         first == (uint64_t)(uintptr_t)mapping->base)
         return;
-    unsigned char *same = map_at((void *)(uintptr_t)first, MAP_FIXED_NOREPLACE, mapping->bytes, world);
+    unsigned char *same = map_at((void *)(uintptr_t)first, MAP_FIXED_NOREPLACE, mapping->bytes, world->fd);
     if (same == (void *)(uintptr_t)first) {
         munmap(mapping->base, mapping->bytes);
         mapping->base = same;
@@ -272,7 +276,7 @@ static int map_object(xccl_world_t *world, uint64_t bytes) {
     xccl_mapping_t *mapping = calloc(1, sizeof *mapping);
     if (!mapping)
         return xccl_fail(XCCL_ERR_MEMORY, "out of memory");
-    mapping->base = map_at(NULL, 0, bytes, world);
+    mapping->base = map_at(NULL, 0, bytes, world->fd);
     if (!mapping->base) {
         free(mapping);
         return xccl_fail_errno(errno, "cannot map %llu bytes of address space (ulimit -v? lower XCCL_HEAP_SIZE)",
@@ -351,8 +355,7 @@ static int open_world(int fd, int rank, const char *session, const xccl_world_t 
         return status;
     if (rank >= header.config.size)
         return xccl_fail(XCCL_ERR_USAGE, "rank %d of a world of %d ranks", rank, header.config.size);
-    bool read_only = (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDONLY;
-    if (read_only && rank >= 0)
+    if (rank >= 0 && is_read_only(fd))
         return xccl_fail(XCCL_ERR_USAGE, "rank %d: descriptor %d is open for reading only", rank, fd);
     xccl_world_t *world = calloc(1, sizeof *world);
     if (!world)
@@ -367,7 +370,7 @@ static int open_world(int fd, int rank, const char *session, const xccl_world_t 
     pthread_once(&fork_once, watch_forks);
     world->fork_generation = atomic_load_explicit(&fork_generation, memory_order_relaxed);
     world->pid_namespace = xccl_process_namespace();
-    world->read_only = read_only;
+    world->read_only = is_read_only(world->fd);
     if (beside) {
         world->mapping = beside->mapping;
         /* relaxed: the mapping lives as long as `beside`, which the caller holds */

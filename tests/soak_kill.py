@@ -94,7 +94,9 @@ def kill_once(seed: int) -> Outcome:
         (Path(name) / "rank.py").write_text(RANK)
         options = {"SOAK_MARK": mark, "XCCL_SHM_DIR": str(shm), "XCCL_TIMEOUT": "10", "XCCL_INIT_TIMEOUT": "5"}
         job = [
-            subprocess.Popen(command, env=os.environ | options | more, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.Popen(
+                command, env=os.environ | options | more, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             for command, more in commands(start, Path(name))
         ]
         cleanup.callback(_end_all, mark, job)

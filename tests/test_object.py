@@ -34,7 +34,9 @@ def shm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def _publish_and_die(name: str) -> None:
     """Leaves a published object, as a rank 0 does that is killed before all have attached."""
-    code = f"from xccl._object import SharedObject; import os; SharedObject(2).publish({name!r}); os.kill(os.getpid(), 9)"
+    code = (
+        f"from xccl._object import SharedObject; import os; SharedObject(2).publish({name!r}); os.kill(os.getpid(), 9)"
+    )
     done = subprocess.run([sys.executable, "-c", code], timeout=30)
     assert done.returncode == -signal.SIGKILL
 
@@ -190,7 +192,7 @@ def test_a_file_that_others_may_read_is_refused(shm: Path) -> None:
     path = shm / "xccl-test"
     path.write_bytes(b"x")
     path.chmod(0o644)
-    with pytest.raises(xccl.XcclUsageError, match="not this user's shared memory: uid .*-rw-r--r--"):
+    with pytest.raises(xccl.XcclUsageError, match=r"not this user's shared memory: uid .*-rw-r--r--"):
         open_published(path)
     path.unlink()
     path.symlink_to("/etc/passwd")

@@ -16,7 +16,7 @@ from support import ranks
 
 import xccl
 from xccl import ANY_SOURCE, ANY_TAG
-from xccl._world import create_object
+from xccl._object import SharedObject
 from xccl.launcher import launch_environment
 
 SLOT, RING = 64 << 10, 8 * (64 << 10)
@@ -222,11 +222,11 @@ def test_interrupt_ends_a_receive_and_leaves_the_communicator_usable(comm: xccl.
 
 def run_unwatched(fn: Callable[[xccl.Communicator], Any], nranks: int) -> list[Any]:
     """As xccl.run, but nobody tells the others when a rank dies. A rank that died has result None."""
-    fd, session = create_object(nranks)
+    shared = SharedObject(nranks)
     context = multiprocessing.get_context("fork")
 
     def main(rank: int, results: Any) -> None:
-        os.environ.update(launch_environment(fd, rank, nranks, session))
+        os.environ.update(launch_environment(shared, rank, nranks))
         results.send(fn(xccl.init()))
         results.close()
         os._exit(0)
@@ -238,7 +238,7 @@ def run_unwatched(fn: Callable[[xccl.Communicator], Any], nranks: int) -> list[A
         process.start()
         theirs.close()
         processes.append((process, ours))
-    os.close(fd)
+    shared.close()
     results: list[Any] = []
     for process, ours in processes:
         try:

@@ -106,7 +106,7 @@ def open_published(path: Path) -> int | None:
 
 
 def sweep(directory: Path) -> list[Path]:
-    """Removes what dead creators left in `directory`; returns it. What a living process holds stays, and what is not ours.
+    """Removes what dead creators left in `directory`; returns it. What a living process holds, or is not ours, stays.
 
     A creator holds its object by a lock that the kernel releases at its end, also across PID namespaces. So no pid
     that was given anew can deceive.

@@ -172,8 +172,8 @@ def _await_published(name: str, rank: int, deadline: float) -> int:
     while (fd := open_published(path)) is None:
         if time.monotonic() > deadline:
             raise XcclTimeout(
-                f"rank {rank}: rank 0 did not make {path} in time (XCCL_INIT_TIMEOUT). XCCL_SHM_DIR must be set for all "
-                "ranks, and be the same directory of one host"
+                f"rank {rank}: rank 0 did not make {path} in time (XCCL_INIT_TIMEOUT). XCCL_SHM_DIR must be set for "
+                "all ranks, and be the same directory of one host"
             )
         time.sleep(0.005)
     return fd

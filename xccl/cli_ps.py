@@ -20,8 +20,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "ps",
         help="show what every rank does",
-        description="Shows every session of this user: each rank's operation, whom it waits for, and its rate. It reads "
-        "from outside, also when the ranks hang, and needs no right to trace.",
+        description="Shows every session of this user: each rank's operation, whom it waits for, and its rate. It "
+        "reads from outside, also when the ranks hang, and needs no right to trace.",
     )
     parser.add_argument("session", nargs="?", default="", metavar="SESSION", help="begin of a session id; default: all")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a session, in a list")
@@ -112,7 +112,16 @@ def _row(rank: RankState, speed: float) -> list[str]:
         return [str(rank.rank), "-", rank.state, *["-"] * (len(COLUMNS) - 3)]
     waits = "-" if rank.waits_for is None else f"rank {rank.waits_for}"
     numbers = [str(rank.sequence), str(rank.phase)]
-    return [str(rank.rank), str(rank.pid), rank.state, rank.operation, *numbers, waits, _ago(rank.moved_s), f"{speed:.1f}"]
+    return [
+        str(rank.rank),
+        str(rank.pid),
+        rank.state,
+        rank.operation,
+        *numbers,
+        waits,
+        _ago(rank.moved_s),
+        f"{speed:.1f}",
+    ]
 
 
 def _ago(seconds: float) -> str:

@@ -309,7 +309,9 @@ def check_mpi(machine: Machine) -> Finding:
     if not library:
         return Finding(PASS, "mpi4py is not installed; xccl run needs no MPI (pip install 'xccl[mpi]' brings one)")
     if not launcher:
-        return Finding(WARN, f"mpi4py uses {_vendor(library)}, and no mpirun is in PATH", "xccl run, or install that MPI")
+        return Finding(
+            WARN, f"mpi4py uses {_vendor(library)}, and no mpirun is in PATH", "xccl run, or install that MPI"
+        )
     why = f"mpi4py uses {_vendor(library)}, {mpirun} is of {_vendor(launcher)}"
     if _vendor(library) != _vendor(launcher):
         return Finding(WARN, why, "use the mpirun of mpi4py's MPI, or point MPI4PY_LIBMPI at the library of this one")
@@ -323,7 +325,9 @@ def check_world(machine: Machine) -> Finding:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     except subprocess.TimeoutExpired:
-        return Finding(FAIL, "two ranks did not end in 60 s", "xccl run -n 2 --timeout 10 program.py shows where they hang")
+        return Finding(
+            FAIL, "two ranks did not end in 60 s", "xccl run -n 2 --timeout 10 program.py shows where they hang"
+        )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         return Finding(FAIL, lines[-1] if lines else f"exit code {done.returncode}", "see the other findings")

@@ -1,0 +1,33 @@
+"""docs/debugging.md: the hang that it shows hangs, and the first message alone explains it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).parent.parent / "docs" / "debugging.md"
+
+
+def test_the_first_message_of_the_hang_names_who_is_missing(tmp_path: Path) -> None:
+    found = re.search(r"^```py\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+    assert found
+    program = tmp_path / "steps.py"
+    program.write_text(found[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "xccl", "run", "-n", "4", "--timeout", "60", str(program)],
+        env=os.environ | {"XCCL_TIMEOUT": "2"},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 1
+    first = done.stderr[done.stderr.index("XcclTimeout") :]
+    assert re.search(r"dispatch timed out\.\n  missing: dispatch: .* of rank 2, expected", first), first
+    operations = dict(re.findall(r"rank (\d) \(pid \d+, alive\): operation (\d+ \(\w+\))", first))
+    behind, others = operations.pop("2"), set(operations.values())
+    assert behind.endswith("(barrier)")
+    assert len(others) == 1
+    assert int(behind.split()[0]) < int(others.pop().split()[0])
