@@ -8,13 +8,13 @@ SERVE_ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c examples/*.c)
+C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c examples/*.c tests/c/*.c)
 BUILD_INPUTS := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c) csrc/build_binding.py setup.py pyproject.toml
 
 SOAK_KILLS ?= 100
 SOAK_SEED ?= 0
 
-.PHONY: serve test test-env soak soak-kill lint format docs wheel clean
+.PHONY: serve test test-env asan ubsan tsan models mutants soak soak-kill lint format docs wheel clean
 
 serve: $(VENV)/.installed-serve
 	$(BIN)/xccl serve --prompt "$(PROMPT)" $(SERVE_ARGS)
@@ -28,11 +28,31 @@ test-env: $(VENV)/.installed-test
 	    $(BIN)/python tests/mpi/make_env.py $$mpi >/dev/null || echo "no $$mpi: its tests will be skipped" >&2; \
 	done
 
-# Long campaigns; the tests run a bounded share of each.
-soak: soak-kill
-
+# Kills ranks and launchers at random moments: nothing may hang or be left.
 soak-kill: $(VENV)/.installed-test
 	$(BIN)/python tests/soak_kill.py --kills $(SOAK_KILLS) --seed $(SOAK_SEED)
+
+# Sanitizers: the C tests with ranks as threads, and, except under TSan, the Python tests that use the C core most.
+asan: $(VENV)/.installed-test
+	$(BIN)/python tests/c/sanitize.py address --package
+
+ubsan: $(VENV)/.installed-test
+	$(BIN)/python tests/c/sanitize.py undefined --package
+
+tsan: $(VENV)/.installed-test
+	$(BIN)/python tests/c/sanitize.py thread
+
+# Model checking of the doorbell and the ring; -s shows the states explored. Needs spin.
+models: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -s tests/models
+
+# Every mutant of tests/mutants/ must make its tests fail. Takes minutes.
+mutants: $(VENV)/.installed-test
+	$(BIN)/python tests/mutants/run.py
+
+# The long campaigns, of which `make test` runs a bounded share.
+soak: asan ubsan tsan models mutants soak-kill
+	XCCL_FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/test_fuzz_control.py --timeout 0
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

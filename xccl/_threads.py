@@ -49,7 +49,7 @@ def run_threads(fn: Callable[..., Any], nranks: int, args: tuple[Any, ...], time
 
 
 def _attach(shared: SharedObject, nranks: int) -> list[World]:
-    first = World(shared.fd, 0, shared.session)
+    first = World(shared.fd, 0, nranks, shared.session)
     # Signal handlers run in the main thread, where no rank is.
     lib.xccl_shm_set_interrupt(first._w, ffi.NULL)
     return [first, *(first.beside(rank) for rank in range(1, nranks))]

@@ -1,7 +1,8 @@
 """Builds the C tests with a sanitizer and runs them: `python tests/c/sanitize.py {address,undefined,thread} ...`.
 
-AddressSanitizer and UBSan also run the Python package: see `make asan`. ThreadSanitizer sees races only between
-threads, so the ranks of threads_world.c are threads of one process that share one mapping.
+With --package also runs a part of the Python tests on an extension that is built with AddressSanitizer or UBSan.
+ThreadSanitizer sees races only between threads, so the ranks of threads_world.c are threads of one process that share
+one mapping.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def flags_of(sanitizer: str) -> list[str]:
     flags = [f"-fsanitize={sanitizer}"]
     if "undefined" in sanitizer:
         flags.append("-fno-sanitize-recover=undefined")
+    # inlined copies would escape the sanitizer: it intercepts the functions
+    flags += ["-fno-builtin-memcpy", "-fno-builtin-memmove", "-fno-builtin-memset"]
     if sanitizer == "thread":
         flags.append("-Wno-tsan")  # fences order only `sleeping` and `bell`, see wait.c, which guard no data
     return flags
@@ -68,6 +71,44 @@ def run(program: Path, arguments: Iterable[object], timeout: float) -> None:
     )
 
 
+# What the extension is tested with: everything that hands addresses and counts to C.
+PACKAGE_TESTS = ["gas", "heap", "entry", "prepared", "coll", "coll_errors", "p2p", "p2p_random", "request"]
+PACKAGE_TESTS += ["kernel", "moe_layout", "moe_errors", "expert_parallel", "threads", "fuzz_control"]
+
+
+def test_package(sanitizer: str, where: Path) -> None:
+    """Builds the package in a copy of the tree and runs its tests there."""
+    root = HERE.parent.parent
+    copy = where / "package"
+    shutil.rmtree(copy, ignore_errors=True)
+    for part in ("csrc", "xccl", "tests"):
+        shutil.copytree(
+            root / part, copy / part, ignore=shutil.ignore_patterns("*.so", "*.o", "_core.c", "__pycache__")
+        )
+    for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / part, copy / part)
+    flags = ["-O1", "-g", "-fno-omit-frame-pointer", *flags_of(sanitizer)]
+    build_ext = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(build_ext, cwd=copy, check=True, env={**os.environ, "CFLAGS": " ".join(flags)})
+    libraries = {"address": "libasan.so", "undefined": "libubsan.so"}
+    preload = [
+        subprocess.run(
+            ["gcc", f"-print-file-name={libraries[part]}"], check=True, capture_output=True, text=True
+        ).stdout
+        for part in sanitizer.split(",")
+    ]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": ":".join(line.strip() for line in preload),
+        "ASAN_OPTIONS": "detect_leaks=0,handle_segv=0",  # CPython leaks at exit; some tests die of SIGSEGV on purpose
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(copy),
+    }
+    files = [f"tests/test_{name}.py" for name in PACKAGE_TESTS]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    subprocess.run(pytest, cwd=copy, check=True, env=environment)
+
+
 def main() -> int:
     """Builds, runs, reports."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -75,6 +116,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 5, 8])
+    parser.add_argument("--package", action="store_true", help="also test the Python package (not with thread)")
     arguments = parser.parse_args()
     root = HERE.parent.parent / "build" / "sanitizers"
     for sanitizer in arguments.sanitizers:
@@ -90,6 +132,8 @@ def main() -> int:
                 print(f"{name} {' '.join(map(str, numbers))} under {sanitizer}: exit status {error.returncode}")
                 return 1
             print(f"{name} {' '.join(map(str, numbers))} under {sanitizer}: no report", flush=True)
+        if arguments.package:
+            test_package(sanitizer, root / sanitizer)
     return 0
 
 

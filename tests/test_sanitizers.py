@@ -1,0 +1,48 @@
+"""The C core under sanitizers, with ranks as threads of one process. `make asan ubsan tsan` runs more of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SANITIZE = Path(__file__).parent / "c" / "sanitize.py"
+
+
+@pytest.fixture(scope="module")
+def sanitize() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("sanitize", SANITIZE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=["thread", "address,undefined"])
+def programs(
+    request: pytest.FixtureRequest, sanitize: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    try:
+        return sanitize.build(request.param, tmp_path_factory.mktemp("sanitized"))
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"this compiler has no -fsanitize={request.param} ({error})")
+
+
+def _run(sanitize: ModuleType, program: Path, *arguments: int) -> None:
+    try:
+        sanitize.run(program, arguments, 120)
+    except subprocess.CalledProcessError as error:
+        pytest.fail(f"exit status {error.returncode}\n{error.stdout}", pytrace=False)
+
+
+def test_the_ring_has_no_race(sanitize: ModuleType, programs: dict[str, Path]) -> None:
+    _run(sanitize, programs["ring_race"], 50_000)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_no_layer_has_a_race_or_a_bad_access(sanitize: ModuleType, programs: dict[str, Path], ranks: int) -> None:
+    _run(sanitize, programs["threads_world"], ranks, 12, ranks)
