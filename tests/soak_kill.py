@@ -86,7 +86,7 @@ STARTS = ("xccl run", "behind shells", "xccl.run", "by name")
 def kill_once(seed: int) -> Outcome:
     """Starts a job, kills one of its processes, and waits until all have ended."""
     rng = random.Random(seed)
-    start, after = STARTS[seed % len(STARTS)], rng.uniform(0.02, 2.0)
+    start, after = STARTS[seed % len(STARTS)], rng.uniform(0.02, 3.0)
     mark = secrets.token_hex(8)
     shm = Path(tempfile.mkdtemp(prefix="soak-", dir="/dev/shm"))
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as cleanup:
@@ -101,7 +101,10 @@ def kill_once(seed: int) -> Outcome:
         ]
         cleanup.callback(_end_all, mark, job)
         time.sleep(after)
-        victim = rng.choice(_marked(mark) or [job[0].pid])
+        alive = _marked(mark)
+        if not alive:
+            return Outcome(seed, start, "", after, 0.0, 0, "the job ended by itself")
+        victim = rng.choice(alive)
         what = _command_of(victim)
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
