@@ -104,7 +104,8 @@ def kill_once(seed: int) -> Outcome:
         alive = _marked(mark)
         if not alive:
             return Outcome(seed, start, "", after, 0.0, 0, "the job ended by itself")
-        victim = rng.choice(alive)
+        # the first is the launcher, if there is one: as often as the ranks together
+        victim = alive[0] if rng.random() < 0.5 else rng.choice(alive)
         what = _command_of(victim)
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
