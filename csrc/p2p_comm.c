@@ -26,9 +26,9 @@ static xccl_ring_shape_t shape_of(const xccl_p2p_t *p2p, int from, int to) {
         .lines = size > XCCL_P2P_LINES ? XCCL_P2P_LINES_MANY : XCCL_P2P_LINES,
         .data_bytes = (config->p2p_slot_bytes * config->p2p_slots + LEAST_DATA - 1) / LEAST_DATA * LEAST_DATA,
     };
-    shape.lines_at = p2p->fields_at + (uint64_t)from * shape.lines * sizeof(xccl_ring_line_t);
+    shape.tail_at = p2p->fields_at + (uint64_t)to * XCCL_LINE;
+    shape.lines_at = p2p->fields_at + (size + (uint64_t)from * shape.lines) * XCCL_LINE;
     shape.data_at = p2p->data_at + (uint64_t)from * shape.data_bytes;
-    shape.tail_at = p2p->fields_at + size * shape.lines * sizeof(xccl_ring_line_t) + (uint64_t)to * XCCL_LINE;
     return shape;
 }
 

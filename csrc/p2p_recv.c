@@ -2,6 +2,7 @@
 
 #include <stdlib.h>
 
+#include "copy.h"
 #include "status.h"
 
 static int corrupt(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const char *what) {
@@ -40,7 +41,7 @@ static bool take_offer(xccl_p2p_t *p2p, int source, uint64_t offset, uint64_t ac
     if (xccl_gas_compare_swap_at(p2p->world, rank, xccl_p2p_ack_offset(p2p, ack), offered,
                                  xccl_p2p_ack_word(number, XCCL_P2P_TAKEN)) != offered)
         return false;
-    xccl_gas_get_at(p2p->world, receive->buffer, rank, offset, receive->bytes);
+    xccl_copy(receive->buffer, xccl_gas_at(p2p->world, rank, offset), receive->bytes);
     acknowledge(p2p, source, ack, number);
     return true;
 }
@@ -81,8 +82,7 @@ static bool chunk_is_sound(const xccl_p2p_incoming_t *in, const xccl_p2p_field_t
 static void take_chunk(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
     uint64_t chunk = field->body.at.length;
     /* steps 5 and 6: from the own managed area to the app data area */
-    if (chunk > 0)
-        memcpy(in->target + in->received, in->ring.data + field->body.at.offset, chunk);
+    xccl_copy(in->target + in->received, in->ring.data + field->body.at.offset, chunk);
     /* step 7: the place goes back to the sender */
     xccl_ring_consume(&in->ring, xccl_p2p_hands_back(field));
     in->received += chunk;
@@ -342,8 +342,7 @@ static bool receive_at_once(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buff
         return false;
     *out = (xccl_message_t){in->source, field->event_id, bytes};
     uint64_t ack = field->body.at.ack, number = field->body.at.number;
-    if (bytes > 0)
-        memcpy(buffer, in->ring.data + field->body.at.offset, bytes);
+    xccl_copy(buffer, in->ring.data + field->body.at.offset, bytes);
     xccl_ring_consume(&in->ring, xccl_p2p_hands_back(field));
     acknowledge(p2p, in->source, ack, number);
     return true;

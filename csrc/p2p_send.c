@@ -2,6 +2,7 @@
 
 #include <stdlib.h>
 
+#include "copy.h"
 #include "heap.h"
 #include "status.h"
 
@@ -105,8 +106,11 @@ static void publish_chunk(xccl_p2p_outgoing_t *out, const xccl_request_t *send, 
     bool hand_back;
     uint64_t piece = xccl_ring_take_piece(ring, length, &hand_back);
     /* steps 1 and 2: from the app data area to the receiver's managed area */
-    if (length > 0)
-        xccl_gas_put_at(ring->world, ring->consumer, ring->shape.data_at + piece, send->buffer + send->moved, length);
+    void *to = xccl_gas_at(ring->world, ring->consumer, ring->shape.data_at + piece);
+    if (xccl_ring_is_far(ring))
+        xccl_copy_streaming(to, send->buffer + send->moved, length);
+    else
+        xccl_copy(to, send->buffer + send->moved, length);
     /* step 3: event id and chunk id to the receiver's metadata area; moves count only after it (bug class 9) */
     uint64_t kind = (send->chunks == 0 ? XCCL_P2P_FIRST : XCCL_P2P_CHUNK) | (hand_back ? XCCL_P2P_HAND_BACK : 0);
     xccl_p2p_field_t *field = xccl_ring_content(ring);

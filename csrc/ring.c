@@ -1,5 +1,21 @@
 #include "ring.h"
 
+#if defined(__x86_64__)
+#include <x86intrin.h>
+#endif
+
+/* Time stamp, taken when all earlier loads are complete. 0 where there is none fine enough. */
+static uint64_t xccl_ticks(void) {
+#if defined(__x86_64__)
+    _mm_lfence();
+    uint64_t ticks = __rdtsc();
+    _mm_lfence();
+    return ticks;
+#else
+    return 0;
+#endif
+}
+
 static uint64_t round_to_line(uint64_t bytes) {
     return (bytes + XCCL_LINE - 1) / XCCL_LINE * XCCL_LINE;
 }
@@ -14,6 +30,7 @@ void xccl_ring_open_producer(xccl_ring_producer_t *ring, xccl_world_t *world, xc
                                    .head = position,
                                    .cached_tail = position,
                                    .limit = shape.data_bytes,
+                                   .far_ticks = 250,
                                    .ends = ends};
 }
 
@@ -30,11 +47,23 @@ void xccl_ring_open_consumer(xccl_ring_consumer_t *ring, xccl_world_t *world, xc
 
 /* ---- producer ---- */
 
+static void note_distance(xccl_ring_producer_t *ring, uint64_t ticks) {
+    if (ring->far_ticks == 0)
+        return;
+    if (ticks >= ring->far_ticks)
+        ring->far_lines += ring->far_lines < 8;
+    else
+        ring->far_lines -= ring->far_lines > 0;
+}
+
 void xccl_ring_look(xccl_ring_producer_t *ring) {
+    uint64_t start = xccl_ticks();
     /* acquire (in the load) pairs with the consumer's release of its tail: its reads of what lies below are over */
     uint64_t tail = xccl_gas_load(ring->tail);
+    uint64_t ticks = xccl_ticks() - start;
     if (tail == ring->cached_tail)
         return;
+    note_distance(ring, ticks); /* the word is new, so its line came from the consumer's core */
     ring->cached_tail = tail;
     ring->data_tail = ring->ends[(tail - 1) & (ring->shape.lines - 1)];
 }

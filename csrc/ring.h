@@ -73,6 +73,8 @@ typedef struct xccl_ring_producer_t {
     uint64_t data_tail; /* bytes that are free again, as of cached_tail */
     uint64_t asked;     /* `taken` when a hand-back was last asked for */
     uint64_t *ends;     /* per line: `taken` behind its position */
+    uint64_t far_ticks; /* a line that takes so long comes from far away; 0: not known */
+    int far_lines;      /* how often it did of late, 0 to 8 */
 } xccl_ring_producer_t;
 
 typedef struct xccl_ring_consumer_t {
@@ -110,6 +112,12 @@ bool xccl_ring_has_piece(xccl_ring_producer_t *ring, uint64_t bytes);
 /* Takes the piece for the next position; there must be room. Its offset in the data area. *out_hand_back: the consumer
  * is to release when it has consumed the position. */
 uint64_t xccl_ring_take_piece(xccl_ring_producer_t *ring, uint64_t bytes, bool *out_hand_back);
+
+/* The consumer's core is far from this one (another chip, another socket): its dirty lines come one by one and slowly.
+ * Known from the way of the tail word, so it follows when the scheduler moves a rank. */
+static inline bool xccl_ring_is_far(const xccl_ring_producer_t *ring) {
+    return ring->far_lines >= 4;
+}
 
 /* Uses only the first `bytes` of the data area from now on. Nothing beyond them may have been used yet. */
 void xccl_ring_limit(xccl_ring_producer_t *ring, uint64_t bytes);
