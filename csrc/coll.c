@@ -6,17 +6,18 @@
 
 /* ---- state ---- */
 
-static uint64_t round_up(uint64_t value, uint64_t unit) {
-    return (value + unit - 1) / unit * unit;
+static uint64_t inline_bytes(int size) {
+    uint64_t lines = XCCL_COLL_INBOX_BYTES / (2 * (uint64_t)size * XCCL_LINE);
+    uint64_t most = lines > 2 ? (lines - 1) * XCCL_LINE : XCCL_LINE;
+    return most < XCCL_COLL_INLINE_BYTES ? most : XCCL_COLL_INLINE_BYTES;
 }
 
-static void set_sizes(xccl_coll_t *coll) {
-    uint64_t lines = XCCL_COLL_INBOX_BYTES / (2 * (uint64_t)coll->size * XCCL_LINE);
-    uint64_t most = lines > 2 ? (lines - 1) * XCCL_LINE : XCCL_LINE;
-    coll->inline_bytes = most < XCCL_COLL_INLINE_BYTES ? most : XCCL_COLL_INLINE_BYTES;
-    uint64_t block = coll->world->header->config.coll_block_bytes;
-    uint64_t least = (uint64_t)coll->size * XCCL_LINE; /* a line for each peer */
-    coll->block_bytes = round_up(block > least ? block : least, XCCL_PAGE);
+static void release(xccl_coll_t *coll) {
+    xccl_coll_stage_close(coll);
+    free(coll->sources);
+    free(coll->order);
+    free(coll->peers);
+    free(coll);
 }
 
 static xccl_coll_t *create(xccl_comm_t *comm) {
@@ -30,16 +31,14 @@ static xccl_coll_t *create(xccl_comm_t *comm) {
     coll->order = calloc((size_t)comm->size, sizeof *coll->order);
     coll->peers = calloc((size_t)comm->size, sizeof *coll->peers);
     coll->sources = calloc((size_t)comm->size, sizeof *coll->sources);
-    if (coll->order == NULL || coll->peers == NULL || coll->sources == NULL) {
-        free(coll->sources);
-        free(coll->order);
-        free(coll->peers);
-        free(coll);
+    coll->inline_bytes = inline_bytes(comm->size);
+    coll->cache_bytes = xccl_coll_cache_bytes();
+    if (!xccl_coll_stage_open(coll) || coll->order == NULL || coll->peers == NULL || coll->sources == NULL) {
+        release(coll);
         return NULL;
     }
     for (int i = 0; i < comm->size - 1; i++)
         coll->order[i] = (comm->rank + 1 + i) % comm->size;
-    set_sizes(coll);
     return coll;
 }
 
@@ -55,8 +54,8 @@ int xccl_coll_open(xccl_comm_t *comm, int64_t deadline) {
     int status = xccl_heap_alloc(comm, XCCL_AREA_META, inbox_bytes + lines * XCCL_LINE, XCCL_HEAP_COMMIT,
                                  coll->block_bytes, left > 0 ? left : 0, &inbox);
     if (status == XCCL_OK)
-        status = xccl_heap_alloc(comm, XCCL_AREA_MANAGED, 2 * coll->block_bytes, XCCL_HEAP_ADDRESS_ONLY,
-                                 coll->block_bytes, left > 0 ? left : 0, &coll->staging);
+        status = xccl_heap_alloc(comm, XCCL_AREA_MANAGED, coll->ring_bytes, XCCL_HEAP_ADDRESS_ONLY, coll->block_bytes,
+                                 left > 0 ? left : 0, &coll->staging);
     if (status < 0) {
         xccl_coll_discard(comm);
         return status;
@@ -78,10 +77,7 @@ int xccl_coll_close(xccl_comm_t *comm, int64_t deadline) {
 void xccl_coll_discard(xccl_comm_t *comm) {
     if (comm->coll == NULL)
         return;
-    free(comm->coll->sources);
-    free(comm->coll->order);
-    free(comm->coll->peers);
-    free(comm->coll);
+    release(comm->coll);
     comm->coll = NULL;
 }
 
@@ -101,7 +97,7 @@ int xccl_coll_begin(xccl_comm_t *comm, xccl_op_t op, int reduce, xccl_dtype_t dt
     coll->epoch++;
     coll->signature = xccl_coll_signature(op, reduce, dtype, param);
     coll->deadline = xccl_deadline(comm->world, timeout_ns);
-    coll->any_size = false;
+    coll->any_size = coll->reduces = coll->out_beyond_cache = false;
     coll->differs = -1;
     return XCCL_OK;
 }
@@ -125,16 +121,16 @@ int xccl_coll_check_apart(const xccl_comm_t *comm, xccl_op_t op, const void *x, 
 
 /* ---- exchanges ---- */
 
-static void copy(void *to, const void *from, uint64_t bytes) {
+static void copy(const xccl_coll_t *coll, void *to, const void *from, uint64_t bytes) {
     if (bytes > 0 && to != from)
-        memcpy(to, from, bytes);
+        xccl_coll_copy(to, from, bytes, coll->out_beyond_cache);
 }
 
 /* Sends peers[].out and receives peers[].in, all of them known; the own part is copied here, too. */
 static int exchange(xccl_coll_t *coll) {
     xccl_coll_peer_t *own = &coll->peers[coll->rank];
     TRY(xccl_coll_send_first(coll));
-    copy(own->in, own->out, own->out_bytes);
+    copy(coll, own->in, own->out, own->out_bytes);
     TRY(xccl_coll_receive_headers(coll, coll->order, coll->size - 1));
     TRY(xccl_coll_deliver(coll));
     return coll->x_in_place ? xccl_coll_await_taken(coll) : XCCL_OK;
@@ -150,6 +146,7 @@ static void set_uniform(xccl_coll_t *coll, const void *x, uint64_t out_step, uin
     }
     uint64_t parts = out_step == 0 ? 1 : (uint64_t)coll->size;
     xccl_coll_set_source(coll, x, parts * bytes, bytes, out_step == 0);
+    xccl_coll_choose_result_stores(coll, (parts + (uint64_t)coll->size) * bytes);
 }
 
 int xccl_coll_barrier(xccl_comm_t *comm, int64_t timeout_ns) {
@@ -199,10 +196,11 @@ static int receive_from(xccl_coll_t *coll, int root, uint64_t bytes, void *out) 
         coll->peers[pe].out_bytes = coll->peers[pe].in_bytes = coll->peers[pe].in_done = 0;
     coll->peers[root].in = out;
     coll->peers[root].in_bytes = bytes;
-    coll->x_in_place = false;
+    coll->x_in_place = coll->streams = coll->samples = false;
+    xccl_coll_choose_result_stores(coll, bytes);
     TRY(xccl_coll_receive_headers(coll, &root, 1));
     TRY(xccl_coll_deliver(coll));
-    if (coll->peers[root].in_mode == XCCL_COLL_INLINE)
+    if ((coll->peers[root].in_mode & (XCCL_COLL_STAGED | XCCL_COLL_IN_PLACE)) == 0)
         xccl_coll_take(coll, root, 0);
     return XCCL_OK;
 }
@@ -215,7 +213,8 @@ int xccl_coll_broadcast(xccl_comm_t *comm, const void *data, uint64_t bytes, xcc
     TRY(xccl_coll_begin(comm, XCCL_OP_BROADCAST, 0, dtype, (uint64_t)root, timeout_ns));
     if (comm->rank != root)
         return xccl_coll_settle(comm, receive_from(comm->coll, root, bytes, out));
-    copy(out, data, bytes);
+    xccl_coll_choose_result_stores(comm->coll, bytes);
+    copy(comm->coll, out, data, bytes);
     return xccl_coll_settle(comm, send_to_all(comm->coll, data, bytes));
 }
 
@@ -230,7 +229,7 @@ static int check_rows(const xccl_comm_t *comm, const char *name, const uint64_t 
     return XCCL_OK;
 }
 
-static uint64_t set_messages_out(xccl_coll_t *coll, const void *x, const uint64_t *send_bytes) {
+static void set_messages_out(xccl_coll_t *coll, const void *x, const uint64_t *send_bytes) {
     uint64_t total = 0, longest = 0;
     for (int pe = 0; pe < coll->size; pe++) {
         coll->peers[pe].out = (const unsigned char *)x + total;
@@ -240,7 +239,7 @@ static uint64_t set_messages_out(xccl_coll_t *coll, const void *x, const uint64_
             longest = send_bytes[pe];
     }
     xccl_coll_set_source(coll, x, total, longest, false);
-    return total;
+    xccl_coll_choose_result_stores(coll, 2 * total);
 }
 
 /* Sends all headers and receives those of all. */
@@ -257,7 +256,7 @@ static int finish_v(xccl_coll_t *coll, void *out) {
         at += coll->peers[pe].in_bytes;
     }
     const xccl_coll_peer_t *own = &coll->peers[coll->rank];
-    copy(own->in, own->out, own->out_bytes);
+    copy(coll, own->in, own->out, own->out_bytes);
     TRY(xccl_coll_deliver(coll));
     return coll->x_in_place ? xccl_coll_await_taken(coll) : XCCL_OK;
 }

@@ -5,13 +5,13 @@
  *
  * A message starts with a header in the receiver's inbox. Inline, the payload comes with it: one line moves for
  * up to 40 bytes, nobody answers. Otherwise the header says where the receiver can read the payload: at once in the
- * sender's symmetric array, or chunk by chunk in the sender's two staging blocks. The receiver reads once, straight
- * to the place where the user wants it, and counts what it has taken at the sender.
+ * sender's symmetric array, or chunk by chunk in the sender's staging ring (coll_stage.c). The receiver reads once,
+ * straight to the place where the user wants it, and counts what it has taken at the sender.
  *
  * Per communicator and member, in every window:
  *
  *   META     | inbox: member 0: slot 0, slot 1 | member 1: ... | counters: 64-byte lines, see xccl_coll_counter_t |
- *   MANAGED  | staging block 0 | staging block 1 |
+ *   MANAGED  | staging ring |
  */
 #ifndef XCCL_COLL_H
 #define XCCL_COLL_H
@@ -37,7 +37,9 @@ enum {
     XCCL_COLL_INBOX_BYTES = 2 << 20,     /* upper bound for the inbox of a rank, as far as one line a slot allows */
     XCCL_COLL_IN_PLACE_BYTES = 64 << 10, /* shorter messages are staged even from symmetric memory: staging does
                                             not wait for the receivers */
-    XCCL_COLL_CHANNELS = 2               /* 0: messages, 1: results of all_reduce */
+    XCCL_COLL_CHANNELS = 2,              /* 0: messages, 1: results of all_reduce */
+    XCCL_COLL_RING_BLOCKS = 4,           /* staging blocks that the ring has room for */
+    XCCL_COLL_MOST_LOTS = 128            /* lots of the ring at a time, fewer with very many members */
 };
 
 /* How a message travels; part of the signature that may differ between members. */
@@ -47,13 +49,14 @@ enum {
     XCCL_COLL_IN_PLACE = 2,
     XCCL_COLL_REFUSED = 3,         /* no message: the sender found that the members do not agree */
     XCCL_COLL_RESULT_IN_PLACE = 4, /* flag: the sender's part of the result is read in its symmetric `out` */
-    XCCL_COLL_MODE_MASK = 7
+    XCCL_COLL_STREAMED = 8,        /* flag: stored around the caches */
+    XCCL_COLL_MODE_MASK = 15
 };
 
 /*   header, the first line of a slot
- *   0       8           16      24          40          56      64
- *   | epoch | signature | bytes | offset[2] | result[2] | chunk |                                staged, in place
- *   | epoch | signature | bytes | payload up to 40 bytes        | or here if it is longer ...    inline
+ *   0       8           16      24                                              64
+ *   | epoch | signature | bytes | offset | place | chunk | lot_bytes | result |     staged, in place
+ *   | epoch | signature | bytes | payload up to 40 bytes                      |     or behind the header    inline
  *
  * epoch is written last with release order and read first with acquire order: it publishes the whole slot.
  *
@@ -69,9 +72,11 @@ typedef struct xccl_coll_header_t {
     uint64_t bytes;
     union {
         struct {
-            uint64_t offset[2]; /* staged: of the even and the odd chunks; in place: [0] of the message */
-            uint64_t result[2]; /* all_reduce, likewise */
-            uint64_t chunk;     /* bytes of a staged chunk */
+            uint64_t offset;    /* in place: of the message in the window; staged: of the first lot in the ring */
+            uint64_t place;     /* staged: of the message in each lot */
+            uint64_t chunk;     /* staged: bytes of the message in each lot */
+            uint64_t lot_bytes; /* staged: bytes of a lot */
+            uint64_t result;    /* all_reduce: of `out` in the window, or of the first lot in the ring */
         };
         unsigned char payload[XCCL_COLL_HEADER_PAYLOAD];
     };
@@ -87,14 +92,13 @@ typedef enum xccl_coll_counter_t {
 
 /* What this rank knows of one member; `unit` counts are cumulative per channel. */
 typedef struct xccl_coll_peer_t {
-    uint64_t sent, received;                     /* messages; the parity names the slot */
-    uint64_t slot_epoch[2];                      /* of the last message in each of its slots */
-    uint64_t slot_units[2];                      /* units counted before that message */
-    uint64_t seen_epoch[2];                      /* last one read from its slots here */
-    uint64_t heard;                              /* the peer has begun this epoch, so it has finished all before */
-    uint64_t units[XCCL_COLL_CHANNELS];          /* published to the peer */
-    uint64_t taken[XCCL_COLL_CHANNELS];          /* taken from the peer */
-    uint64_t block_units[2][XCCL_COLL_CHANNELS]; /* last unit that lies in each staging block */
+    uint64_t sent, received;            /* messages; the parity names the slot */
+    uint64_t slot_epoch[2];             /* of the last message in each of its slots */
+    uint64_t slot_units[2];             /* units counted before that message */
+    uint64_t seen_epoch[2];             /* last one read from its slots here */
+    uint64_t heard;                     /* the peer has begun this epoch, so it has finished all before */
+    uint64_t units[XCCL_COLL_CHANNELS]; /* published to the peer */
+    uint64_t taken[XCCL_COLL_CHANNELS]; /* taken from the peer */
 
     /* the messages of the current operation */
     const unsigned char *out;
@@ -102,8 +106,26 @@ typedef struct xccl_coll_peer_t {
     unsigned char *in;
     uint64_t in_bytes, in_done;
     int in_mode; /* this and what follows is copied from the header: its slot may be reused once a unit is taken */
-    uint64_t in_offset[2], in_result[2], in_chunk;
+    uint64_t in_offset, in_place, in_chunk, in_lot_bytes, in_result;
 } xccl_coll_peer_t;
+
+/* Part of the staging ring that holds one chunk for each peer. */
+typedef struct xccl_coll_lot_t {
+    uint64_t begin, end; /* in the ring */
+    uint64_t epoch;      /* of the operation that filled it */
+} xccl_coll_lot_t;
+
+/* What copies of one size have cost, in ticks a byte: the fastest of the current and of the last window of samples. */
+typedef struct xccl_coll_cost_t {
+    float best, before;
+    uint64_t samples;
+} xccl_coll_cost_t;
+
+/* Of one way to store messages: through the caches, or around them. */
+typedef struct xccl_coll_way_t {
+    xccl_coll_cost_t store, load;
+    uint64_t operations;
+} xccl_coll_way_t;
 
 typedef struct xccl_coll_t {
     xccl_comm_t *comm;
@@ -111,29 +133,43 @@ typedef struct xccl_coll_t {
     int rank, size;
     uint64_t inbox, counters, staging; /* window offsets of the parts */
     uint64_t inline_bytes;             /* payload of a slot */
-    uint64_t block_bytes;
-    uint64_t committed_bytes; /* of each staging block */
-    uint64_t next_block;      /* blocks used so far; the parity names the block */
+    uint64_t block_bytes;              /* most that a lot takes */
+    uint64_t ring_bytes;
+    uint64_t committed_bytes; /* of the ring, from its start */
+    uint64_t ring_end;        /* of the newest lot */
+    uint64_t num_lots;        /* places in `lots` */
+    uint64_t oldest, next;    /* lots [oldest, next) are in use */
+    xccl_coll_lot_t *lots;    /* by number modulo num_lots */
+    uint64_t *lot_units;      /* [lot][member][channel]: the last unit that lies in the lot */
     int *order;               /* the other members, nearest first: spreads the load */
     const void **sources;     /* room for one pointer a member */
     xccl_coll_peer_t *peers;
+
+    uint64_t cache_bytes;           /* of the last-level cache */
+    xccl_coll_way_t ways[2][64][2]; /* by: reduced or copied; logarithm of the size; stored around the caches or not */
 
     /* the current operation */
     uint64_t epoch; /* counts operations of the communicator; never reset */
     uint64_t signature;
     int64_t deadline;
     const unsigned char *x;
-    bool shared;          /* every peer gets all of x */
-    bool x_in_place;      /* peers read long messages in x, which is symmetric */
-    bool result_in_place; /* all_reduce: peers read this rank's part of the result in `out` */
-    bool uses_blocks;     /* something is staged */
-    bool any_size;        /* the headers tell the sizes: all_to_all_v_begin */
-    bool unfinished;      /* between all_to_all_v_begin and _finish */
-    int differs;          /* a member whose header does not agree, found while waiting; -1: none */
-    uint64_t x_offset;    /* of x in the window, if x_in_place; likewise result_offset */
+    bool shared;           /* every peer gets all of x */
+    bool x_in_place;       /* peers read long messages in x, which is symmetric */
+    bool result_in_place;  /* all_reduce: peers read this rank's part of the result in `out` */
+    bool stages;           /* something is staged */
+    bool streams;          /* messages are stored around the caches */
+    bool samples;          /* stores and loads of messages are timed */
+    bool reduces;          /* messages are reduced where they lie */
+    bool out_beyond_cache; /* input and output of all ranks exceed the last-level cache */
+    bool any_size;         /* the headers tell the sizes: all_to_all_v_begin */
+    bool unfinished;       /* between all_to_all_v_begin and _finish */
+    int differs;           /* a member whose header does not agree, found while waiting; -1: none */
+    uint64_t x_offset;     /* of x in the window, if x_in_place; likewise result_offset */
     uint64_t result_offset;
     uint64_t chunk_bytes; /* of a staged message */
-    uint64_t first_block; /* next_block when the operation began */
+    uint64_t lot_bytes;
+    uint64_t first_place; /* of the first lot in the ring */
+    uint64_t first_lot;   /* `next` when the operation began */
 } xccl_coll_t;
 
 /* ---- coll.c ---- */
@@ -186,9 +222,14 @@ int xccl_coll_await_units(xccl_coll_t *coll, int channel);
 /* Waits until all members have taken all units: what they read is the user's again. */
 int xccl_coll_await_taken(xccl_coll_t *coll);
 
-/* True if the last contents of the next staging block have been taken by all. */
-bool xccl_coll_block_free(xccl_coll_t *coll);
-int xccl_coll_await_block(xccl_coll_t *coll);
+/* Units of `channel` that `pe` has taken. */
+uint64_t xccl_coll_units_taken(const xccl_coll_t *coll, int pe, int channel);
+
+/* Waits until the next lot may be filled. */
+int xccl_coll_await_lot(xccl_coll_t *coll);
+
+/* True if `pe` has taken everything that lies in `lot`. */
+bool xccl_coll_lot_taken(const xccl_coll_t *coll, uint64_t lot, int pe);
 
 /* Waits until something can be moved: see xccl_coll_deliver. */
 int xccl_coll_await_movable(xccl_coll_t *coll, bool chunks_left);
@@ -199,13 +240,60 @@ bool xccl_coll_can_take(const xccl_coll_t *coll, int pe);
 /* Waits until member `pe` has taken more than `units` units of channel 0. */
 int xccl_coll_await_slot(xccl_coll_t *coll, int pe, uint64_t units);
 
+/* ---- coll_stage.c ---- */
+
+/* Sizes of the ring; allocates what this rank keeps of it. False: no memory. */
+bool xccl_coll_stage_open(xccl_coll_t *coll);
+void xccl_coll_stage_close(xccl_coll_t *coll);
+
+/* Cuts the messages of the operation into chunks. */
+void xccl_coll_stage_cut(xccl_coll_t *coll, uint64_t message_bytes);
+
+/* True if the next lot may be filled. Forgets lots that all have taken. */
+bool xccl_coll_lot_free(xccl_coll_t *coll);
+
+/* Takes the next lot; waits until it is free, and reserves its memory. */
+int xccl_coll_lot_claim(xccl_coll_t *coll);
+
+/* Place in the ring of lot `k` of an operation whose lots begin at `first`. */
+uint64_t xccl_coll_lot_place(const xccl_coll_t *coll, uint64_t first, uint64_t lot_bytes, uint64_t k);
+
+/* Window offset of lot `k` of the current operation. */
+uint64_t xccl_coll_lot_offset(const xccl_coll_t *coll, uint64_t k);
+
+/* Place of the message to `pe` in a lot. */
+uint64_t xccl_coll_place_in_lot(const xccl_coll_t *coll, int pe);
+
+/* Notes that the last unit published to `pe` on `channel` lies in lot `k` of the current operation. */
+void xccl_coll_lot_note(xccl_coll_t *coll, uint64_t k, int pe, int channel);
+
+/* ---- coll_store.c ---- */
+
+/* How messages of the operation are stored; `bytes` is the longest, or a chunk of it. */
+void xccl_coll_choose_stores(xccl_coll_t *coll, uint64_t bytes);
+
+/* How results are stored; `rank_bytes` are input and output of one rank. */
+void xccl_coll_choose_result_stores(xccl_coll_t *coll, uint64_t rank_bytes);
+
+/* As memcpy, around the caches or not. */
+void xccl_coll_copy(void *to, const void *from, uint64_t bytes, bool streams);
+
+/* Copies a message to where it waits for its receiver, in the window of `pe`. */
+void xccl_coll_store(xccl_coll_t *coll, int pe, uint64_t offset, const void *from, uint64_t bytes);
+
+/* Copies a message, stored in such a way, to its end. */
+void xccl_coll_load(xccl_coll_t *coll, void *to, const void *from, uint64_t bytes, bool streamed);
+
+/* Learns that `ticks` were needed to load such a message. */
+void xccl_coll_note_load(xccl_coll_t *coll, uint64_t ticks, uint64_t bytes, bool streamed);
+
+/* Size of the last-level cache. */
+uint64_t xccl_coll_cache_bytes(void);
+
 /* ---- coll_exchange.c ---- */
 
 /* Slot `parity` for messages from `source`, in the window of any member. */
 uint64_t xccl_coll_slot_offset(const xccl_coll_t *coll, int source, int parity);
-
-/* Staging block number `block`, counted as next_block. */
-uint64_t xccl_coll_block_offset(const xccl_coll_t *coll, uint64_t block);
 
 /* Says what is sent: `x` with x_bytes bytes in all. Messages too long for a slot are read in x if it is symmetric
  * and they have at least XCCL_COLL_IN_PLACE_BYTES, and staged in chunks otherwise. */
@@ -223,8 +311,8 @@ uint64_t xccl_coll_chunks_to_send(const xccl_coll_t *coll);
 /* Tells the members that wait for this rank that it found a mismatch. */
 void xccl_coll_refuse(xccl_coll_t *coll);
 
-/* Publishes one more unit to `pe`; `in_block`: it lies in staging block `block`. */
-void xccl_coll_publish(xccl_coll_t *coll, int pe, int channel, bool in_block, int block);
+/* Publishes one more unit to `pe`. */
+void xccl_coll_publish(xccl_coll_t *coll, int pe, int channel);
 
 /* Counts one more unit as taken from `pe`, and tells it. */
 void xccl_coll_take(xccl_coll_t *coll, int pe, int channel);

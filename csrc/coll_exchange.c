@@ -48,9 +48,11 @@ static uint64_t payload_place(uint64_t bytes) {
 static int push(xccl_coll_t *coll, int pe) {
     const xccl_coll_peer_t *peer = &coll->peers[pe];
     TRY(claim_slot(coll, pe));
-    if (peer->out_bytes > 0)
-        write_slot(coll, pe, payload_place(peer->out_bytes), peer->out, peer->out_bytes);
-    send_header(coll, pe, XCCL_COLL_INLINE, peer->out_bytes);
+    if (peer->out_bytes > 0) {
+        uint64_t slot = xccl_coll_slot_offset(coll, coll->rank, peer->sent & 1);
+        xccl_coll_store(coll, pe, slot + payload_place(peer->out_bytes), peer->out, peer->out_bytes);
+    }
+    send_header(coll, pe, XCCL_COLL_INLINE | (coll->streams ? XCCL_COLL_STREAMED : 0), peer->out_bytes);
     return XCCL_OK;
 }
 
@@ -64,45 +66,21 @@ void xccl_coll_refuse(xccl_coll_t *coll) {
 
 /* ---- staging ---- */
 
-uint64_t xccl_coll_block_offset(const xccl_coll_t *coll, uint64_t block) {
-    return coll->staging + (block & 1) * coll->block_bytes;
-}
-
-static uint64_t region_in_block(const xccl_coll_t *coll, int pe) {
-    return coll->shared ? 0 : (uint64_t)(pe < coll->rank ? pe : pe - 1) * coll->chunk_bytes;
-}
-
 static bool is_staged(const xccl_coll_t *coll, const xccl_coll_peer_t *peer) {
     return peer->out_bytes > coll->inline_bytes && !coll->x_in_place;
 }
 
-/* Reserves the next block; grows its memory to what is used. */
-static int claim_block(xccl_coll_t *coll) {
-    TRY(xccl_coll_await_block(coll));
-    uint64_t used = coll->chunk_bytes * (coll->shared ? 1 : (uint64_t)coll->size - 1);
-    if (used > coll->committed_bytes) {
-        used = used < 2 * coll->committed_bytes ? 2 * coll->committed_bytes : used;
-        used = used < coll->block_bytes ? used : coll->block_bytes;
-        TRY(xccl_heap_commit(coll->world, xccl_coll_block_offset(coll, 0), used));
-        TRY(xccl_heap_commit(coll->world, xccl_coll_block_offset(coll, 1), used));
-        coll->committed_bytes = used;
-    }
-    coll->next_block++;
-    return XCCL_OK;
-}
-
 void xccl_coll_set_source(xccl_coll_t *coll, const void *x, uint64_t x_bytes, uint64_t message_bytes, bool shared) {
-    uint64_t parts = shared || coll->size == 1 ? 1 : (uint64_t)coll->size - 1;
-    uint64_t most = coll->block_bytes / parts / XCCL_LINE * XCCL_LINE;
-    uint64_t needed = (message_bytes + XCCL_LINE - 1) / XCCL_LINE * XCCL_LINE;
     coll->x = x;
     coll->shared = shared;
     coll->x_in_place = message_bytes >= XCCL_COLL_IN_PLACE_BYTES && message_bytes > coll->inline_bytes &&
                        xccl_gas_is_symmetric(coll->world, x, x_bytes, &coll->x_offset);
-    coll->chunk_bytes = needed < most ? needed : most;
-    coll->uses_blocks = coll->size > 1 && message_bytes > coll->inline_bytes && !coll->x_in_place;
+    coll->stages = coll->size > 1 && message_bytes > coll->inline_bytes && !coll->x_in_place;
     coll->result_in_place = false;
-    coll->first_block = coll->next_block;
+    xccl_coll_stage_cut(coll, message_bytes);
+    xccl_coll_choose_stores(coll, coll->x_in_place                    ? 0
+                                  : message_bytes < coll->chunk_bytes ? message_bytes
+                                                                      : coll->chunk_bytes);
 }
 
 uint64_t xccl_coll_chunks_to_send(const xccl_coll_t *coll) {
@@ -115,40 +93,39 @@ uint64_t xccl_coll_chunks_to_send(const xccl_coll_t *coll) {
     return longest == 0 ? 0 : (longest - 1) / coll->chunk_bytes + 1;
 }
 
-/* Copies chunk k of the message to `pe` into its place in the block; `shared` messages lie there once. */
-static void fill_region(xccl_coll_t *coll, int pe, uint64_t k) {
+/* Copies chunk k of the message to `pe` into its place in the lot; `shared` messages lie there once. */
+static void fill_lot(xccl_coll_t *coll, int pe, uint64_t k) {
     const xccl_coll_peer_t *peer = &coll->peers[pe];
     uint64_t at = k * coll->chunk_bytes, left = peer->out_bytes - at;
-    uint64_t place = xccl_coll_block_offset(coll, coll->first_block + k) + region_in_block(coll, pe);
-    xccl_gas_put_at(coll->world, coll->world->rank, place, peer->out + at,
+    xccl_coll_store(coll, coll->rank, xccl_coll_lot_offset(coll, k) + xccl_coll_place_in_lot(coll, pe), peer->out + at,
                     left < coll->chunk_bytes ? left : coll->chunk_bytes);
 }
 
 /* The header of a message that the receiver fetches. */
 static int announce(xccl_coll_t *coll, int pe) {
     xccl_coll_peer_t *peer = &coll->peers[pe];
-    int mode = (coll->x_in_place ? XCCL_COLL_IN_PLACE : XCCL_COLL_STAGED) |
+    int mode = (coll->x_in_place ? XCCL_COLL_IN_PLACE : XCCL_COLL_STAGED) | (coll->streams ? XCCL_COLL_STREAMED : 0) |
                (coll->result_in_place ? XCCL_COLL_RESULT_IN_PLACE : 0);
-    uint64_t words[5]; /* offset[2], result[2], chunk */
-    for (uint64_t i = 0; i < 2; i++) {
-        uint64_t block = xccl_coll_block_offset(coll, coll->first_block + i);
-        words[i] =
-            coll->x_in_place ? coll->x_offset + (uint64_t)(peer->out - coll->x) : block + region_in_block(coll, pe);
-        words[2 + i] = coll->result_in_place ? coll->result_offset : block;
-    }
-    words[4] = coll->chunk_bytes;
+    /* as in xccl_coll_header_t */
+    const uint64_t words[5] = {
+        coll->x_in_place ? coll->x_offset + (uint64_t)(peer->out - coll->x) : coll->first_place,
+        xccl_coll_place_in_lot(coll, pe),
+        coll->chunk_bytes,
+        coll->lot_bytes,
+        coll->result_in_place ? coll->result_offset : coll->first_place,
+    };
     TRY(claim_slot(coll, pe));
     write_slot(coll, pe, offsetof(xccl_coll_header_t, offset), words, sizeof words);
     send_header(coll, pe, mode, peer->out_bytes);
     peer->units[0]++;
     if (!coll->x_in_place)
-        peer->block_units[coll->first_block & 1][0] = peer->units[0];
+        xccl_coll_lot_note(coll, 0, pe, 0);
     return XCCL_OK;
 }
 
 int xccl_coll_send_first(xccl_coll_t *coll) {
-    if (coll->uses_blocks)
-        TRY(claim_block(coll));
+    if (coll->stages)
+        TRY(xccl_coll_lot_claim(coll));
     bool filled = false;
     for (int i = 0; i < coll->size - 1; i++) {
         int pe = coll->order[i];
@@ -158,7 +135,7 @@ int xccl_coll_send_first(xccl_coll_t *coll) {
             continue;
         }
         if (is_staged(coll, peer) && !(coll->shared && filled))
-            fill_region(coll, pe, 0);
+            fill_lot(coll, pe, 0);
         filled = true;
         TRY(announce(coll, pe));
     }
@@ -166,7 +143,7 @@ int xccl_coll_send_first(xccl_coll_t *coll) {
 }
 
 int xccl_coll_send_chunk(xccl_coll_t *coll, uint64_t k) {
-    TRY(claim_block(coll));
+    TRY(xccl_coll_lot_claim(coll));
     bool filled = false;
     for (int i = 0; i < coll->size - 1; i++) {
         int pe = coll->order[i];
@@ -174,18 +151,17 @@ int xccl_coll_send_chunk(xccl_coll_t *coll, uint64_t k) {
         if (!is_staged(coll, peer) || peer->out_bytes <= k * coll->chunk_bytes)
             continue;
         if (!(coll->shared && filled))
-            fill_region(coll, pe, k);
+            fill_lot(coll, pe, k);
         filled = true;
-        xccl_coll_publish(coll, pe, 0, true, (int)((coll->first_block + k) & 1));
+        xccl_coll_publish(coll, pe, 0);
+        xccl_coll_lot_note(coll, k, pe, 0);
     }
     return XCCL_OK;
 }
 
-void xccl_coll_publish(xccl_coll_t *coll, int pe, int channel, bool in_block, int block) {
+void xccl_coll_publish(xccl_coll_t *coll, int pe, int channel) {
     xccl_coll_peer_t *peer = &coll->peers[pe];
     peer->units[channel]++;
-    if (in_block)
-        peer->block_units[block][channel] = peer->units[channel];
     uint64_t at = xccl_coll_counter_offset(coll, XCCL_COLL_READY, channel, coll->rank);
     xccl_gas_signal_at(coll->world, coll->comm->ranks[pe], at, peer->units[channel]);
 }
@@ -204,10 +180,11 @@ const unsigned char *xccl_coll_message_at(const xccl_coll_t *coll, int pe, uint6
     const xccl_coll_peer_t *peer = &coll->peers[pe];
     int world_rank = coll->comm->ranks[pe];
     if (peer->in_mode & XCCL_COLL_IN_PLACE)
-        return (unsigned char *)xccl_gas_at(coll->world, world_rank, peer->in_offset[0]) + at;
+        return (unsigned char *)xccl_gas_at(coll->world, world_rank, peer->in_offset) + at;
     if (peer->in_mode & XCCL_COLL_STAGED) {
         uint64_t chunk = at / peer->in_chunk;
-        return (unsigned char *)xccl_gas_at(coll->world, world_rank, peer->in_offset[chunk & 1]) +
+        uint64_t lot = xccl_coll_lot_place(coll, peer->in_offset, peer->in_lot_bytes, chunk);
+        return (unsigned char *)xccl_gas_at(coll->world, world_rank, coll->staging + lot + peer->in_place) +
                (at - chunk * peer->in_chunk);
     }
     uint64_t slot = xccl_coll_slot_offset(coll, pe, (peer->received - 1) & 1);
@@ -220,7 +197,8 @@ static void take_chunk(xccl_coll_t *coll, int pe) {
     uint64_t bytes = peer->in_bytes - peer->in_done;
     if ((peer->in_mode & XCCL_COLL_STAGED) && bytes > peer->in_chunk)
         bytes = peer->in_chunk;
-    memcpy(peer->in + peer->in_done, xccl_coll_message_at(coll, pe, peer->in_done), bytes);
+    xccl_coll_load(coll, peer->in + peer->in_done, xccl_coll_message_at(coll, pe, peer->in_done), bytes,
+                   peer->in_mode & XCCL_COLL_STREAMED);
     peer->in_done += bytes;
     if (peer->in_mode & (XCCL_COLL_STAGED | XCCL_COLL_IN_PLACE))
         xccl_coll_take(coll, pe, 0);
@@ -230,7 +208,7 @@ int xccl_coll_deliver(xccl_coll_t *coll) {
     uint64_t chunks = xccl_coll_chunks_to_send(coll), sent = 1;
     for (;;) {
         bool moved = false, complete = true;
-        if (sent < chunks && xccl_coll_block_free(coll)) {
+        if (sent < chunks && xccl_coll_lot_free(coll)) {
             TRY(xccl_coll_send_chunk(coll, sent++));
             moved = true;
         }

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include "coll.h"
+#include "copy.h"
 #include "reduce.h"
 #include "status.h"
 
@@ -49,13 +50,6 @@ static void take_round(reduction_t *r, bool last) {
     }
 }
 
-/* Reduces [at, at+bytes) of the messages, where this rank's own message starts at `own`, to `to`. */
-static void reduce_range(reduction_t *r, const unsigned char *own, uint64_t at, uint64_t bytes, void *to) {
-    for (int pe = 0; pe < r->coll->size; pe++)
-        r->sources[pe] = pe == r->coll->rank ? own + at : xccl_coll_message_at(r->coll, pe, at);
-    xccl_reduce(r->dtype, r->op, to, r->sources, r->coll->size, bytes / r->itemsize);
-}
-
 static uint64_t num_rounds(const reduction_t *r) {
     return (r->bytes - 1) / r->coll->chunk_bytes + 1;
 }
@@ -63,6 +57,23 @@ static uint64_t num_rounds(const reduction_t *r) {
 static uint64_t round_bytes(const reduction_t *r, uint64_t k) {
     uint64_t left = r->bytes - k * r->coll->chunk_bytes;
     return left < r->coll->chunk_bytes ? left : r->coll->chunk_bytes;
+}
+
+/* Learns what the first round cost to load, for one copy that was stored. */
+static void note_reduction(reduction_t *r, uint64_t ticks) {
+    xccl_coll_t *coll = r->coll;
+    uint64_t copies = coll->stages && coll->shared ? 1 : (uint64_t)coll->size - 1;
+    xccl_coll_note_load(coll, ticks / copies, round_bytes(r, 0), coll->streams);
+}
+
+/* Reduces [at, at+bytes) of the messages, where this rank's own message starts at `own`, to `to`. */
+static void reduce_range(reduction_t *r, const unsigned char *own, uint64_t at, uint64_t bytes, void *to) {
+    for (int pe = 0; pe < r->coll->size; pe++)
+        r->sources[pe] = pe == r->coll->rank ? own + at : xccl_coll_message_at(r->coll, pe, at);
+    uint64_t start = r->coll->samples ? xccl_ticks() : 0;
+    xccl_reduce(r->dtype, r->op, to, r->sources, r->coll->size, bytes / r->itemsize);
+    if (r->coll->samples && at < r->coll->chunk_bytes)
+        note_reduction(r, xccl_ticks() - start);
 }
 
 /* Sends the first chunks, or all there is if it is short; receives all headers. */
@@ -80,6 +91,7 @@ static int reduce_scatter(reduction_t *r) {
         coll->peers[pe].out = r->x + (uint64_t)pe * r->bytes;
         coll->peers[pe].out_bytes = coll->peers[pe].in_bytes = r->bytes;
     }
+    coll->reduces = true;
     xccl_coll_set_source(coll, r->x, (uint64_t)coll->size * r->bytes, r->bytes, false);
     TRY(start(r));
     if (r->bytes <= coll->inline_bytes || coll->size == 1) {
@@ -117,19 +129,21 @@ static uint64_t slice_start(const reduction_t *r, uint64_t bytes, int pe) {
     return start_byte < bytes ? start_byte : bytes;
 }
 
-/* Reduces the own slice of round k to `out`, and publishes it: in `out`, or in the staging block, where nobody
+/* Reduces the own slice of round k to `out`, and publishes it: in `out`, or in the lot, where nobody
  * but this rank reads this slice of x. */
 static void reduce_slice(reduction_t *r, uint64_t k) {
     xccl_coll_t *coll = r->coll;
     uint64_t at = k * coll->chunk_bytes, bytes = round_bytes(r, k);
     uint64_t from = slice_start(r, bytes, coll->rank), to = slice_start(r, bytes, coll->rank + 1);
-    int block = (int)((coll->first_block + k) & 1);
     reduce_range(r, r->x, at + from, to - from, r->out + at + from);
     if (!coll->result_in_place)
-        xccl_gas_put_at(coll->world, coll->world->rank, xccl_coll_block_offset(coll, (uint64_t)block) + from,
-                        r->out + at + from, to - from);
-    for (int i = 0; i < coll->size - 1; i++)
-        xccl_coll_publish(coll, coll->order[i], 1, !coll->result_in_place, block);
+        xccl_coll_copy(xccl_gas_at(coll->world, coll->world->rank, xccl_coll_lot_offset(coll, k) + from),
+                       r->out + at + from, to - from, coll->streams);
+    for (int i = 0; i < coll->size - 1; i++) {
+        xccl_coll_publish(coll, coll->order[i], 1);
+        if (!coll->result_in_place)
+            xccl_coll_lot_note(coll, k, coll->order[i], 1);
+    }
 }
 
 /* Copies the slices of the others of round k. */
@@ -141,7 +155,9 @@ static int collect_slices(reduction_t *r, uint64_t k) {
         int pe = coll->order[i];
         const xccl_coll_peer_t *peer = &coll->peers[pe];
         uint64_t from = slice_start(r, bytes, pe), to = slice_start(r, bytes, pe + 1);
-        uint64_t start_at = peer->in_result[k & 1] + (peer->in_mode & XCCL_COLL_RESULT_IN_PLACE ? at : 0);
+        uint64_t start_at = peer->in_mode & XCCL_COLL_RESULT_IN_PLACE
+                                ? peer->in_result + at
+                                : coll->staging + xccl_coll_lot_place(coll, peer->in_result, peer->in_lot_bytes, k);
         xccl_gas_get_at(coll->world, r->out + at + from, coll->comm->ranks[pe], start_at + from, to - from);
         xccl_coll_take(coll, pe, 1);
     }
@@ -154,6 +170,7 @@ static int all_reduce(reduction_t *r) {
         coll->peers[pe].out = r->x;
         coll->peers[pe].out_bytes = coll->peers[pe].in_bytes = r->bytes;
     }
+    coll->reduces = true;
     xccl_coll_set_source(coll, r->x, r->bytes, r->bytes, true);
     if (r->bytes <= coll->inline_bytes || coll->size == 1) {
         TRY(start(r));
@@ -162,11 +179,11 @@ static int all_reduce(reduction_t *r) {
     }
     coll->result_in_place = r->bytes >= XCCL_COLL_IN_PLACE_BYTES &&
                             xccl_gas_is_symmetric(coll->world, r->out, r->bytes, &coll->result_offset);
-    coll->uses_blocks = !(coll->x_in_place && coll->result_in_place);
+    coll->stages = !(coll->x_in_place && coll->result_in_place);
     TRY(start(r));
     uint64_t rounds = num_rounds(r);
     for (uint64_t k = 0; k < rounds; k++) {
-        if (k + 1 < rounds && coll->uses_blocks)
+        if (k + 1 < rounds && coll->stages)
             TRY(xccl_coll_send_chunk(coll, k + 1));
         TRY(await_round(r, k));
         reduce_slice(r, k);

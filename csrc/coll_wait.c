@@ -100,9 +100,11 @@ static void accept(xccl_coll_t *coll, int pe) {
     peer->in_mode = header->signature & XCCL_COLL_MODE_MASK;
     peer->in_bytes = header->bytes;
     peer->in_done = 0;
-    memcpy(peer->in_offset, header->offset, sizeof peer->in_offset);
-    memcpy(peer->in_result, header->result, sizeof peer->in_result);
+    peer->in_offset = header->offset;
+    peer->in_place = header->place;
     peer->in_chunk = header->chunk;
+    peer->in_lot_bytes = header->lot_bytes;
+    peer->in_result = header->result;
     peer->seen_epoch[peer->received & 1] = coll->epoch;
     peer->received++;
     peer->heard = coll->epoch;
@@ -165,31 +167,26 @@ int xccl_coll_await_units(xccl_coll_t *coll, int channel) {
 
 /* ---- taken: what the peers have read ---- */
 
-typedef enum limit_t { LIMIT_ALL, LIMIT_BLOCK, LIMIT_SLOT } limit_t;
+uint64_t xccl_coll_units_taken(const xccl_coll_t *coll, int pe, int channel) {
+    return counter(coll, XCCL_COLL_TAKEN, channel, pe);
+}
 
-/* Waits until each member has taken as much as `limit` says. */
+/* Waits until each member has taken as much as is needed. */
 typedef struct taken_t {
     xccl_coll_t *coll;
-    limit_t limit;
-    int only;       /* LIMIT_SLOT: the member */
-    uint64_t units; /* LIMIT_SLOT: one more than these */
+    int only;       /* the one member that matters, -1: all units of all members */
+    uint64_t units; /* one more than these */
 } taken_t;
 
 static uint64_t units_needed(const taken_t *wait, int pe, int channel) {
-    const xccl_coll_peer_t *peer = &wait->coll->peers[pe];
-    switch (wait->limit) {
-    case LIMIT_ALL:
-        return peer->units[channel];
-    case LIMIT_BLOCK:
-        return peer->block_units[wait->coll->next_block & 1][channel];
-    default:
-        return pe == wait->only && channel == 0 ? wait->units + 1 : 0;
-    }
+    if (wait->only < 0)
+        return wait->coll->peers[pe].units[channel];
+    return pe == wait->only && channel == 0 ? wait->units + 1 : 0;
 }
 
 static bool all_taken(const taken_t *wait, int pe) {
     for (int channel = 0; channel < XCCL_COLL_CHANNELS; channel++)
-        if (counter(wait->coll, XCCL_COLL_TAKEN, channel, pe) < units_needed(wait, pe, channel))
+        if (xccl_coll_units_taken(wait->coll, pe, channel) < units_needed(wait, pe, channel))
             return false;
     return true;
 }
@@ -209,7 +206,7 @@ static bool taken_awaited(void *arg, int index, xccl_awaited_t *out) {
         int pe = coll->order[i];
         for (int channel = 0; channel < XCCL_COLL_CHANNELS; channel++) {
             uint64_t needed = units_needed(wait, pe, channel);
-            uint64_t seen = counter(coll, XCCL_COLL_TAKEN, channel, pe);
+            uint64_t seen = xccl_coll_units_taken(coll, pe, channel);
             if (seen >= needed || index-- > 0)
                 continue;
             *out = (xccl_awaited_t){coll->comm->ranks[pe], needed, seen, "acknowledged chunks"};
@@ -224,23 +221,41 @@ static int await_taken(taken_t wait) {
 }
 
 int xccl_coll_await_taken(xccl_coll_t *coll) {
-    return await_taken((taken_t){coll, LIMIT_ALL, -1, 0});
+    return await_taken((taken_t){coll, -1, 0});
 }
 
 int xccl_coll_await_slot(xccl_coll_t *coll, int pe, uint64_t units) {
-    return await_taken((taken_t){coll, LIMIT_SLOT, pe, units});
+    return await_taken((taken_t){coll, pe, units});
 }
 
-int xccl_coll_await_block(xccl_coll_t *coll) {
-    return await_taken((taken_t){coll, LIMIT_BLOCK, -1, 0});
-}
+/* ---- lots: room in the staging ring ---- */
 
-bool xccl_coll_block_free(xccl_coll_t *coll) {
-    taken_t wait = {coll, LIMIT_BLOCK, -1, 0};
+/* Members that have the oldest lot still to take: the ones that a lot waits for. */
+static bool lot_ready(void *arg) {
+    xccl_coll_t *coll = arg;
+    if (xccl_coll_lot_free(coll))
+        return true;
     for (int i = 0; i < coll->size - 1; i++)
-        if (!all_taken(&wait, coll->order[i]))
-            return false;
-    return true;
+        if (!xccl_coll_lot_taken(coll, coll->oldest, coll->order[i]) && gave_up(coll, coll->order[i]))
+            return true;
+    return false;
+}
+
+static bool lot_awaited(void *arg, int index, xccl_awaited_t *out) {
+    const xccl_coll_t *coll = arg;
+    for (int i = 0; i < coll->size - 1; i++) {
+        int pe = coll->order[i];
+        if (xccl_coll_lot_taken(coll, coll->oldest, pe) || index-- > 0)
+            continue;
+        *out = (xccl_awaited_t){coll->comm->ranks[pe], coll->peers[pe].units[0], xccl_coll_units_taken(coll, pe, 0),
+                                "acknowledged chunks"};
+        return true;
+    }
+    return false;
+}
+
+int xccl_coll_await_lot(xccl_coll_t *coll) {
+    return wait_for(coll, &(xccl_wait_t){lot_ready, lot_awaited, coll});
 }
 
 /* ---- movable: something to copy, in or out ---- */
@@ -259,7 +274,7 @@ bool xccl_coll_can_take(const xccl_coll_t *coll, int pe) {
 
 static bool movable_ready(void *arg) {
     const movable_t *wait = arg;
-    if (wait->chunks_left && xccl_coll_block_free(wait->coll))
+    if (wait->chunks_left && xccl_coll_lot_free(wait->coll))
         return true;
     for (int i = 0; i < wait->coll->size - 1; i++)
         if (xccl_coll_can_take(wait->coll, wait->coll->order[i]))
@@ -281,8 +296,7 @@ static bool movable_awaited(void *arg, int index, xccl_awaited_t *out) {
         *out = (xccl_awaited_t){coll->comm->ranks[pe], peer->in_bytes, peer->in_done, "bytes of the message"};
         return true;
     }
-    taken_t block = {coll, LIMIT_BLOCK, -1, 0};
-    return wait->chunks_left && taken_awaited(&block, index, out);
+    return wait->chunks_left && lot_awaited(coll, index, out);
 }
 
 int xccl_coll_await_movable(xccl_coll_t *coll, bool chunks_left) {

@@ -1,4 +1,4 @@
-/* copy.h - copies of large buffers (gas layer). */
+/* copy.h - copies of large buffers, through the caches or around them. */
 #ifndef XCCL_COPY_H
 #define XCCL_COPY_H
 
@@ -9,12 +9,16 @@
  * ones on it. */
 void xccl_copy(void *to, const void *from, uint64_t bytes);
 
-/* Copies with non-temporal stores: the destination's lines are written to memory without being fetched first, and are
- * in no cache afterwards. Complete on return: a later release store publishes it. The ranges do not overlap. */
-void xccl_copy_streaming(void *to, const void *from, uint64_t bytes);
+/* As memcpy, with non-temporal stores: the lines of `dst` are neither fetched before they are written, nor do they
+ * displace others. Worth it when nobody reads them soon, or only a core that shares no cache with this one. Ordered
+ * before the stores that follow, as memcpy's. */
+void xccl_copy_streaming(void *dst, const void *src, uint64_t bytes);
 
 /* From this size on a copy by one of `ranks` ranks had better be streaming: source and destination together fill the
  * rank's share of the last-level cache, so whoever reads the destination would not find it there anyway. */
 uint64_t xccl_copy_streaming_bytes(int ranks);
+
+/* Ticks of a steady clock, to compare durations; a read costs a few nanoseconds. */
+uint64_t xccl_ticks(void);
 
 #endif

@@ -152,8 +152,8 @@ INLINE float scale_of(float max) {
         break;                                                                                                         \
     }
 
-#define SET          scalar
-#define NAME_STRING  "scalar"
+#define SET         scalar
+#define NAME_STRING "scalar"
 #define TARGET
 #define VECTOR_BYTES 16 /* SSE2, NEON: part of every processor of their kind */
 #if defined(__x86_64__)

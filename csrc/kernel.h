@@ -2,9 +2,9 @@
  * kernel: arithmetic on rows of numbers.
  *
  * Nothing here knows about ranks or shared memory. Every function has one source body, compiled several
- * times for wider and wider vectors (kernel_set.h); xccl_kernel_t holds one set. All sets give the same bits, and the same
- * bits as xccl/reference.py (NumPy and ml_dtypes): only IEEE-754 single operations in a fixed order, each
- * rounded to nearest even. kernel.c must therefore be compiled with -ffp-contract=off, without -ffast-math.
+ * times for wider and wider vectors (kernel_set.h); xccl_kernel_t holds one set. All sets give the same bits, and the
+ * same bits as xccl/reference.py (NumPy and ml_dtypes): only IEEE-754 single operations in a fixed order, each rounded
+ * to nearest even. kernel.c must therefore be compiled with -ffp-contract=off, without -ffast-math.
  *
  * Rows need no alignment beyond that of their element type. Rows given to one call do not overlap.
  */

@@ -61,7 +61,7 @@ INLINE void NAME(round_float16)(words_t *out, const floats_t *f) {
     ints_t normal = (a - ((127 - 15) << 23) + 0xfff + ((a >> 13) & 1)) >> 13;
     ints_t nan = 0x7c00 | ((a >> 13) & 0x3ff);
     nan -= nan == 0x7c00; /* a comparison gives -1 */
-    ints_t is_subnormal = a < (int32_t)0x38800000, is_infinite = a >= (int32_t)0x47800000, is_nan = a > (int32_t)F32_INF;
+    ints_t is_subnormal = a<(int32_t)0x38800000, is_infinite = a >= (int32_t)0x47800000, is_nan = a>(int32_t) F32_INF;
     ints_t h = (subnormal & is_subnormal) | (normal & ~is_subnormal);
     h = (is_infinite & 0x7c00) | (h & ~is_infinite);
     h = (nan & is_nan) | (h & ~is_nan);

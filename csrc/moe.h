@@ -118,8 +118,8 @@ struct xccl_moe_t {
     uint64_t combine_reserved[XCCL_MOE_PARITIES];
     bool broken; /* members disagree on epochs */
 
-    int32_t *owner;       /* [num_experts] member that holds it */
-    int32_t *local_index; /* [num_experts] index among its owner's experts */
+    int32_t *owner;           /* [num_experts] member that holds it */
+    int32_t *local_index;     /* [num_experts] index among its owner's experts */
     uint64_t *num_experts_of; /* [R] */
 
     xccl_moe_dest_t *dest;       /* [R] scratch of the send half */

@@ -133,8 +133,7 @@ static void find_outputs(xccl_moe_t *moe, const xccl_moe_handle_t *handle) {
         const unsigned char *window = xccl_gas_at(moe->comm->world, moe->comm->ranks[rank], 0);
         const uint64_t *row_start = (const uint64_t *)(window + stage);
         moe->outputs[rank] = (xccl_moe_outputs_t){
-            window + field->offset, field->time,
-            row_start + (uint64_t)moe->comm->rank * moe->layout.max_local_experts};
+            window + field->offset, field->time, row_start + (uint64_t)moe->comm->rank * moe->layout.max_local_experts};
     }
 }
 

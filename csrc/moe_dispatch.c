@@ -48,8 +48,7 @@ static bool write_entries(xccl_moe_t *moe, const xccl_moe_handle_t *handle, int6
         if (expert < 0)
             continue;
         any = true;
-        *moe->dest[moe->owner[expert]].next++ =
-            (xccl_moe_entry_t){(uint32_t)token, (uint32_t)moe->local_index[expert]};
+        *moe->dest[moe->owner[expert]].next++ = (xccl_moe_entry_t){(uint32_t)token, (uint32_t)moe->local_index[expert]};
     }
     return any;
 }
@@ -64,8 +63,7 @@ static void stage_rows(xccl_moe_t *moe, const xccl_moe_handle_t *handle, uint64_
         const unsigned char *from = x + (uint64_t)token * layout->row_bytes;
         unsigned char *to = rows + (uint64_t)token * layout->staged_bytes;
         if (moe->config.quant == XCCL_QUANT_INT8)
-            scales[token] =
-                moe->kernel->quantize(moe->config.dtype, (int8_t *)to, from, (size_t)moe->config.hidden);
+            scales[token] = moe->kernel->quantize(moe->config.dtype, (int8_t *)to, from, (size_t)moe->config.hidden);
         else
             memcpy(to, from, layout->row_bytes);
     }

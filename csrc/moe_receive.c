@@ -116,7 +116,8 @@ static uint64_t pull_token(const xccl_moe_t *moe, int source, const xccl_moe_ent
                            const unsigned char *stage, const received_t *to) {
     uint32_t token = entries->token;
     const unsigned char *staged = stage + moe->layout.dispatch_rows + token * moe->layout.staged_bytes;
-    float scale = ((const float *)(stage + moe->layout.dispatch_scales))[moe->config.quant == XCCL_QUANT_INT8 ? token : 0];
+    float scale =
+        ((const float *)(stage + moe->layout.dispatch_scales))[moe->config.quant == XCCL_QUANT_INT8 ? token : 0];
     uint64_t n = 0;
     for (; n < count && entries[n].token == token; n++) {
         uint64_t row = moe->cursor[entries[n].local_expert]++;
@@ -136,8 +137,7 @@ static uint64_t pull_token(const xccl_moe_t *moe, int source, const xccl_moe_ent
 static void pull_source(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, int source, const received_t *to) {
     uint64_t num_local = xccl_moe_num_local(moe);
     memcpy(moe->cursor, handle->row_start + (uint64_t)source * num_local, num_local * sizeof *moe->cursor);
-    uint64_t stage_offset =
-        moe->staging + moe->layout.dispatch_stage[xccl_moe_parity(handle->dispatch_epoch)];
+    uint64_t stage_offset = moe->staging + moe->layout.dispatch_stage[xccl_moe_parity(handle->dispatch_epoch)];
     const unsigned char *stage = xccl_gas_at(moe->comm->world, moe->comm->ranks[source], stage_offset);
     const xccl_moe_entry_t *entries = entries_of(moe, handle, source);
     uint64_t count = field_of(moe, handle, source)->count;

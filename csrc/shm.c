@@ -51,8 +51,8 @@ static uint64_t second_level_cache(void) {
     return cache < (256 << 10) || cache > (8 << 20) ? 1 << 20 : (uint64_t)cache;
 }
 
-/* A block is written by its owner and read by peers soon after: both blocks together fit the owner's second-level
- * cache, so that neither way goes through memory. */
+/* A block is written by its owner and read by peers soon after: it fits the owner's second-level cache, so that neither
+ * way goes through memory. All blocks together do not: see coll_stage.c. */
 static uint64_t staging_block_bytes(void) {
     return second_level_cache() / 2;
 }

@@ -78,19 +78,19 @@ enum { XCCL_SESSION_BYTES = 32, XCCL_ABORT_TEXT_BYTES = 8192, XCCL_MAX_RANKS = 4
 
 /* What the creator of a world fixes for all its ranks. Zero takes the value in brackets. */
 typedef struct xccl_config_t {
-    int32_t size;            /* ranks of the world */
-    int32_t cores;           /* cores that the ranks share [those of the creator] */
-    uint64_t heap_bytes;     /* address space of the app data area, and of the managed one, per rank [64 GiB] */
-    uint64_t p2p_slot_bytes; /* largest chunk of a message, and least one that a symmetric buffer is read in place for
-                                [64 KiB] */
-    uint64_t p2p_slots;      /* chunks that a ring of send/receive holds, a power of two [twice the L2 cache] */
-    uint64_t
-        coll_block_bytes;    /* a staging block of collectives on ordinary arrays; there are two [half the L2 cache] */
-    uint64_t spin;           /* polls before a waiter yields [measured] */
-    uint64_t yields;         /* yields before a waiter sleeps [measured] */
-    int64_t timeout_ns;      /* default deadline of a blocking call [300 s] */
-    int64_t init_timeout_ns; /* deadline for all ranks to attach [600 s] */
-    char session[32];        /* random id of the world, NUL-terminated */
+    int32_t size;              /* ranks of the world */
+    int32_t cores;             /* cores that the ranks share [those of the creator] */
+    uint64_t heap_bytes;       /* address space of the app data area, and of the managed one, per rank [64 GiB] */
+    uint64_t p2p_slot_bytes;   /* largest chunk of a message, and least one that a symmetric buffer is read in place for
+                                  [64 KiB] */
+    uint64_t p2p_slots;        /* chunks that a ring of send/receive holds, a power of two [twice the L2 cache] */
+    uint64_t coll_block_bytes; /* chunks of collectives on ordinary arrays, for all peers; four of them are staged
+                                  at a time [half the L2 cache] */
+    uint64_t spin;             /* polls before a waiter yields [measured] */
+    uint64_t yields;           /* yields before a waiter sleeps [measured] */
+    int64_t timeout_ns;        /* default deadline of a blocking call [300 s] */
+    int64_t init_timeout_ns;   /* deadline for all ranks to attach [600 s] */
+    char session[32];          /* random id of the world, NUL-terminated */
 } xccl_config_t;
 
 /* A rank's state as others see it. */
@@ -200,9 +200,9 @@ int xccl_comm_open(xccl_world_t *world, xccl_comm_t **out);
 int xccl_comm_split(xccl_comm_t *parent, int64_t color, int64_t key, int64_t timeout_ns, xccl_comm_t **out);
 
 /* The members that live form a new communicator, in the old order; `parent` is unusable from then on, and is to be
- * discarded. To be called by all survivors, after a call on `parent` failed with PEER_LOST. All get the same members, even
- * if more die meanwhile (those may be among them: the next call then says so). Deaths outside the new communicator no
- * longer end waits. TIMEOUT names the members that neither came nor died; the call may be repeated then. */
+ * discarded. To be called by all survivors, after a call on `parent` failed with PEER_LOST. All get the same members,
+ * even if more die meanwhile (those may be among them: the next call then says so). Deaths outside the new communicator
+ * no longer end waits. TIMEOUT names the members that neither came nor died; the call may be repeated then. */
 int xccl_comm_shrink(xccl_comm_t *parent, int64_t timeout_ns, xccl_comm_t **out);
 
 /* Completes pending sends, then releases the communicator. Collective for a communicator made by split;

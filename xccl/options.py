@@ -79,7 +79,7 @@ OPTIONS = (
         "simd", "auto", "auto|scalar|avx2|avx512", "vector instructions of dispatch and combine; all give the same bits"
     ),
     Option(
-        "coll_block_size", 0, "bytes", "staging block of collectives on ordinary arrays; 0: half of a core's L2 cache"
+        "coll_block_size", 0, "bytes", "what collectives on ordinary arrays stage at once; 0: half of a core's L2 cache"
     ),
     Option(
         "shm_dir",
