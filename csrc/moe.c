@@ -205,13 +205,14 @@ static int allocate_tables(xccl_moe_t *moe) {
     moe->num_experts_of = calloc(size, sizeof *moe->num_experts_of);
     moe->dest = malloc(size * sizeof *moe->dest);
     moe->expert_count = malloc(num_experts * sizeof *moe->expert_count);
+    moe->quantized = malloc((size_t)moe->config.hidden);
     moe->cursor = malloc(num_experts * sizeof *moe->cursor);
     moe->places = malloc(num_topk * sizeof *moe->places);
     moe->outputs = malloc(size * sizeof *moe->outputs);
     moe->terms = malloc(num_topk * sizeof *moe->terms);
     moe->term_weights = malloc(num_topk * sizeof *moe->term_weights);
-    if (!moe->owner || !moe->local_index || !moe->num_experts_of || !moe->dest || !moe->expert_count || !moe->cursor ||
-        !moe->places || !moe->outputs || !moe->terms || !moe->term_weights)
+    if (!moe->owner || !moe->local_index || !moe->num_experts_of || !moe->dest || !moe->expert_count || !moe->quantized ||
+        !moe->cursor || !moe->places || !moe->outputs || !moe->terms || !moe->term_weights)
         return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for the tables of %zu experts", moe->comm->rank,
                          num_experts);
     return XCCL_OK;
@@ -223,6 +224,7 @@ static void free_tables(xccl_moe_t *moe) {
     free(moe->num_experts_of);
     free(moe->dest);
     free(moe->expert_count);
+    free(moe->quantized);
     free(moe->cursor);
     free(moe->places);
     free(moe->outputs);

@@ -98,6 +98,8 @@ struct xccl_moe_handle_t {
     int64_t num_recv;
     bool weighted;
     bool in_place;       /* y is read in the caller's array */
+    bool streams;        /* rows were written past the caches */
+    int64_t pull_ns;
     uint64_t *row_start; /* [R][num_local_experts]: first received row of a source for an expert */
     int32_t *expert;     /* [num_tokens][num_topk], -1: none */
     uint32_t *position;  /* [num_tokens][num_topk]: index among the own rows for that expert */
@@ -110,7 +112,9 @@ struct xccl_moe_t {
     xccl_moe_layout_t layout;
     const xccl_kernel_t *kernel;
     uint64_t metadata, staging, pool; /* offsets of the blocks in every window */
-    uint64_t cached_bytes;            /* of received rows that are written through the caches */
+    uint64_t cached_bytes;            /* of received rows that are written through the caches, unless all go past them */
+    bool streams;                     /* what the last dispatch did with its rows: stages follow it */
+    float store_cost[64][2];          /* ns a byte by log2 of the bytes; through the caches, past them; 0 unknown */
     uint64_t dispatch_epoch, combine_epoch;
     xccl_moe_handle_t *dispatching[XCCL_MOE_PARITIES]; /* sent and not yet received */
     xccl_moe_handle_t *combining[XCCL_MOE_PARITIES];
@@ -124,6 +128,7 @@ struct xccl_moe_t {
 
     xccl_moe_dest_t *dest;       /* [R] scratch of the send half */
     uint32_t *expert_count;      /* [num_experts] scratch of the send half */
+    int8_t *quantized;           /* [hidden] scratch of the send half */
     uint64_t *cursor;            /* [num_local_experts] scratch of pull: next row of an expert */
     unsigned char **places;      /* [num_topk] scratch of pull: where one token goes */
     xccl_moe_outputs_t *outputs; /* [R] scratch of combine */
@@ -162,6 +167,12 @@ void xccl_moe_signal_all(xccl_moe_t *moe, uint64_t array, uint64_t epoch);
 
 /* Makes sure that the first `bytes` of a stage have pages; *reserved is the high-water mark. */
 int xccl_moe_reserve(xccl_moe_t *moe, uint64_t stage, uint64_t bytes, uint64_t *reserved);
+
+/* Whether this dispatch writes its rows, `bytes` of them, past the caches. */
+bool xccl_moe_streams(xccl_moe_t *moe, uint64_t epoch, uint64_t bytes);
+
+/* Notes what pulling and summing of a handle took. */
+void xccl_moe_learn(xccl_moe_t *moe, const xccl_moe_handle_t *handle, int64_t ns);
 
 /* Memory for a handle with nothing in it, NULL and a message if there is none. */
 xccl_moe_handle_t *xccl_moe_handle_new(const xccl_moe_t *moe, int64_t num_tokens);

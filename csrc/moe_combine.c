@@ -165,9 +165,11 @@ static int sum_all(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *out, int64_
         status = check_peers(moe, handle);
     if (status != XCCL_OK)
         return status;
+    int64_t started = xccl_now_ns();
     find_outputs(moe, handle);
     for (int64_t token = 0; token < handle->num_tokens; token++)
         sum_token(moe, handle, token, (char *)out + (uint64_t)token * moe->layout.row_bytes);
+    xccl_moe_learn(moe, handle, handle->pull_ns + xccl_now_ns() - started);
     xccl_moe_signal_all(moe, moe->layout.combine_done[parity], handle->combine_epoch);
     handle->phase = XCCL_MOE_SUMMED;
     return XCCL_OK;

@@ -53,6 +53,16 @@ static bool write_entries(xccl_moe_t *moe, const xccl_moe_handle_t *handle, int6
     return any;
 }
 
+/* Quantises a row; returns its scale. */
+static float stage_quantized(const xccl_moe_t *moe, unsigned char *to, const unsigned char *x) {
+    size_t hidden = (size_t)moe->config.hidden;
+    if (!moe->streams)
+        return moe->kernel->quantize(moe->config.dtype, (int8_t *)to, x, hidden);
+    float scale = moe->kernel->quantize(moe->config.dtype, moe->quantized, x, hidden);
+    moe->kernel->stream(to, moe->quantized, hidden);
+    return scale;
+}
+
 static void stage_rows(xccl_moe_t *moe, const xccl_moe_handle_t *handle, uint64_t stage, const unsigned char *x) {
     const xccl_moe_layout_t *layout = &moe->layout;
     unsigned char *rows = xccl_gas_local(moe->comm->world, stage + layout->dispatch_rows);
@@ -63,10 +73,13 @@ static void stage_rows(xccl_moe_t *moe, const xccl_moe_handle_t *handle, uint64_
         const unsigned char *from = x + (uint64_t)token * layout->row_bytes;
         unsigned char *to = rows + (uint64_t)token * layout->staged_bytes;
         if (moe->config.quant == XCCL_QUANT_INT8)
-            scales[token] = moe->kernel->quantize(moe->config.dtype, (int8_t *)to, from, (size_t)moe->config.hidden);
+            scales[token] = stage_quantized(moe, to, from);
+        else if (moe->streams)
+            moe->kernel->stream(to, from, layout->row_bytes);
         else
             memcpy(to, from, layout->row_bytes);
     }
+    xccl_kernel_stream_end(); /* the release of the field does not order what was streamed */
 }
 
 static void publish_entries(xccl_moe_t *moe, uint64_t epoch) {

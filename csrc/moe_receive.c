@@ -153,12 +153,17 @@ int xccl_moe_dispatch_pull(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *rec
     if (scales && moe->config.quant == XCCL_QUANT_NONE)
         return xccl_fail(XCCL_ERR_USAGE, "dispatch on rank %d: there are no scales without quant", moe->comm->rank);
     uint64_t row_bytes = scales ? (uint64_t)moe->config.hidden : moe->layout.row_bytes;
-    received_t to = {recv_x, scales, src_rank, src_token, row_bytes, (unsigned char *)recv_x + moe->cached_bytes};
+    int64_t started = xccl_now_ns();
+    handle->streams = moe->streams =
+        xccl_moe_streams(moe, handle->dispatch_epoch, (uint64_t)handle->num_recv * moe->layout.row_bytes);
+    uint64_t cached = handle->streams ? 0 : moe->cached_bytes;
+    received_t to = {recv_x, scales, src_rank, src_token, row_bytes, (unsigned char *)recv_x + cached};
     int size = moe->comm->size;
     /* the own rows first: they are in this core's cache */
     for (int i = 0; i < size; i++)
         pull_source(moe, handle, (moe->comm->rank + i) % size, &to);
     xccl_kernel_stream_end();
+    handle->pull_ns = xccl_now_ns() - started;
     int parity = xccl_moe_parity(handle->dispatch_epoch);
     xccl_moe_signal_all(moe, moe->layout.dispatch_done[parity], handle->dispatch_epoch);
     moe->dispatching[parity] = NULL;

@@ -134,6 +134,24 @@ def test_two_in_flight_completed_in_any_order(comm: xccl.Communicator) -> None:
                 assert_same_numbers(combines[i](), batches[i].outs(True)[rank])
 
 
+@ranks(1, 2, 3)
+def test_bits_do_not_depend_on_how_rows_are_written(comm: xccl.Communicator) -> None:
+    """Through the caches or past them: the group tries both ways now and then, and shapes change in between."""
+    rng = np.random.default_rng(6)
+    rank = comm.rank
+    for quant in (None, "int8"):
+        layer = Layer(comm.size, 5, 200, 3, 6, DTYPES[2], quant, None)
+        batches = [random_batch(rng, layer) for _ in range(5)]
+        with layer.open(comm) as ep:
+            for i in range(300):
+                batch = batches[i % len(batches)]
+                recv_x, handle = ep.dispatch(batch.xs[rank], batch.idxs[rank], batch.weights[rank])
+                check_received(batch, rank, recv_x, handle, i)
+                if i % 7:
+                    recv_x[...] = batch.ys[rank]
+                    assert_same_numbers(ep.combine(recv_x, handle), batch.outs(True)[rank], i)
+
+
 @ranks(2, 3)
 def test_a_part_is_not_overwritten_while_a_slow_peer_reads(comm: xccl.Communicator) -> None:
     """Rank 0 runs ahead by as much as it can; the others receive late (classes 6, 7)."""

@@ -85,6 +85,15 @@ class Kernel:
         return out
 
 
+    def stream(self, x: np.ndarray, offset: int) -> np.ndarray:
+        out, guard = self._result(x.size, np.dtype(np.uint8), offset)
+        before = out.base[:offset].copy()
+        self.set.stream(out.ctypes.data, x.ctypes.data, x.size)
+        assert (guard == GUARD).all()
+        assert (out.base[:offset] == before).all()
+        return out
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CC", "cc"))
@@ -223,6 +232,13 @@ class TestWeightedSum:
         rows = np.array([[-1], [a]], np.float32)
         weights = np.array([1, a], np.float32)
         assert kernel.weighted_sum(rows, weights)[0] == np.float32(a * a) - np.float32(1)
+
+
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(0, 1000), skip=st.integers(0, 64), offset=st.integers(0, 130))
+@many
+def test_stream_copies_any_length_to_any_alignment(kernel: Kernel, seed: int, n: int, skip: int, offset: int) -> None:
+    x = np.random.default_rng(seed).integers(0, 256, n + skip).astype(np.uint8)[skip:]
+    np.testing.assert_array_equal(kernel.stream(x, offset), x)
 
 
 def test_auto_takes_the_widest(library: ctypes.CDLL) -> None:
