@@ -211,8 +211,8 @@ static int allocate_tables(xccl_moe_t *moe) {
     moe->outputs = malloc(size * sizeof *moe->outputs);
     moe->terms = malloc(num_topk * sizeof *moe->terms);
     moe->term_weights = malloc(num_topk * sizeof *moe->term_weights);
-    if (!moe->owner || !moe->local_index || !moe->num_experts_of || !moe->dest || !moe->expert_count || !moe->quantized ||
-        !moe->cursor || !moe->places || !moe->outputs || !moe->terms || !moe->term_weights)
+    if (!moe->owner || !moe->local_index || !moe->num_experts_of || !moe->dest || !moe->expert_count ||
+        !moe->quantized || !moe->cursor || !moe->places || !moe->outputs || !moe->terms || !moe->term_weights)
         return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for the tables of %zu experts", moe->comm->rank,
                          num_experts);
     return XCCL_OK;

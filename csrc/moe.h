@@ -97,8 +97,8 @@ struct xccl_moe_handle_t {
     int64_t num_tokens;
     int64_t num_recv;
     bool weighted;
-    bool in_place;       /* y is read in the caller's array */
-    bool streams;        /* rows were written past the caches */
+    bool in_place; /* y is read in the caller's array */
+    bool streams;  /* rows were written past the caches */
     int64_t pull_ns;
     uint64_t *row_start; /* [R][num_local_experts]: first received row of a source for an expert */
     int32_t *expert;     /* [num_tokens][num_topk], -1: none */
@@ -112,9 +112,9 @@ struct xccl_moe_t {
     xccl_moe_layout_t layout;
     const xccl_kernel_t *kernel;
     uint64_t metadata, staging, pool; /* offsets of the blocks in every window */
-    uint64_t cached_bytes;            /* of received rows that are written through the caches, unless all go past them */
-    bool streams;                     /* what the last dispatch did with its rows: stages follow it */
-    float store_cost[64][2];          /* ns a byte by log2 of the bytes; through the caches, past them; 0 unknown */
+    uint64_t cached_bytes;   /* of received rows that are written through the caches, unless all go past them */
+    bool streams;            /* what the last dispatch did with its rows: stages follow it */
+    float store_cost[64][2]; /* ns a byte by log2 of the bytes; through the caches, past them; 0 unknown */
     uint64_t dispatch_epoch, combine_epoch;
     xccl_moe_handle_t *dispatching[XCCL_MOE_PARITIES]; /* sent and not yet received */
     xccl_moe_handle_t *combining[XCCL_MOE_PARITIES];

@@ -10,10 +10,10 @@
  * the same either way. */
 
 enum {
-    PERIOD = 256,               /* dispatches from trial to trial: all ranks try at the same ones */
-    TRIAL = 128,                /* the first of a trial; before it pages are touched and caches filled */
-    TRIAL_END = TRIAL + 4,      /* behind the last: only that one is without traces of the other way, and counts */
-    SETTLED = TRIAL_END + 4,    /* from here on the traces of the trial are gone */
+    PERIOD = 256,            /* dispatches from trial to trial: all ranks try at the same ones */
+    TRIAL = 128,             /* the first of a trial; before it pages are touched and caches filled */
+    TRIAL_END = TRIAL + 4,   /* behind the last: only that one is without traces of the other way, and counts */
+    SETTLED = TRIAL_END + 4, /* from here on the traces of the trial are gone */
 };
 
 static const float CLEARLY = 0.9f; /* how much better the other way must be */

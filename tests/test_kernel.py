@@ -84,7 +84,6 @@ class Kernel:
         assert (guard == GUARD).all()
         return out
 
-
     def stream(self, x: np.ndarray, offset: int) -> np.ndarray:
         out, guard = self._result(x.size, np.dtype(np.uint8), offset)
         before = out.base[:offset].copy()
@@ -205,6 +204,17 @@ class TestDequantize:
         scale = random_values(rng, (1,), DTYPES[0], kind)
         expected = reference.dequantize(q[None], scale, dtype)[0]
         assert_same_numbers(kernel.dequantize(q, float(scale[0]), dtype, offset), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_subnormal_products_are_not_flushed(kernel: Kernel, dtype: np.dtype) -> None:
+    """Instructions that round to bfloat16 take them for zero."""
+    q = np.arange(-128, 128).astype(np.int8)
+    for exponent in (-149, -140, -133, -127):
+        scale = np.array([2.0**exponent], np.float32)
+        np.testing.assert_array_equal(
+            bits(kernel.dequantize(q, float(scale[0]), dtype)), bits(reference.dequantize(q[None], scale, dtype)[0])
+        )
 
 
 def plain_weighted_sum(rows: np.ndarray, weights: np.ndarray | None) -> np.ndarray:

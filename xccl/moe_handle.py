@@ -43,14 +43,12 @@ class Handle:
     @property
     def src_rank(self) -> NDArray[np.int32]:
         """Rank that sent each row."""
-        ranks: NDArray[np.int32] = self._sources[0]
-        return ranks
+        return np.asarray(self._sources[0])
 
     @property
     def src_token(self) -> NDArray[np.int32]:
         """Index of each row in the x of its source."""
-        tokens: NDArray[np.int32] = self._sources[1]
-        return tokens
+        return np.asarray(self._sources[1])
 
     def __reduce__(self) -> Any:
         raise XcclUsageError("a handle belongs to its process and cannot be pickled")

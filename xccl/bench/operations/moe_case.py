@@ -21,7 +21,7 @@ _SCALE_BYTES = 4
 
 
 def row_bytes(dtype: np.dtype[Any], hidden: int) -> tuple[int, int]:
-    """Bytes of a row that goes out, and of one that comes back; int8 goes out with a scale, back as bfloat16."""
+    """Bytes of a row that goes out, and of one that comes back: int8 with a scale comes back as bfloat16."""
     if dtype == np.int8:
         return hidden + _SCALE_BYTES, hidden * 2
     return hidden * dtype.itemsize, hidden * dtype.itemsize

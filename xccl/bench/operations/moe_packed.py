@@ -1,4 +1,4 @@
-"""The bytes of dispatch and combine, already packed, moved by MPI: a twin whose NumPy costs nothing."""
+"""The bytes of dispatch and combine, packed already, moved by MPI: a twin whose NumPy costs nothing."""
 
 from __future__ import annotations
 
