@@ -6,6 +6,7 @@ VENV ?= .venv
 PROMPT ?= In the beginning
 SERVE_ARGS ?=
 PYTEST_ARGS ?=
+TARGETS_ARGS ?=
 
 BIN := $(VENV)/bin
 C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c examples/*.c tests/c/*.c)
@@ -14,7 +15,7 @@ BUILD_INPUTS := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c) csrc/build_binding
 SOAK_KILLS ?= 100
 SOAK_SEED ?= 0
 
-.PHONY: serve test test-env asan ubsan tsan models mutants soak soak-kill lint format docs wheel clean
+.PHONY: serve test test-env asan ubsan tsan models mutants soak soak-kill targets performance lint format docs wheel clean
 
 serve: $(VENV)/.installed-serve
 	$(BIN)/xccl serve --prompt "$(PROMPT)" $(SERVE_ARGS)
@@ -53,6 +54,15 @@ mutants: $(VENV)/.installed-test
 # The long campaigns, of which `make test` runs a bounded share.
 soak: asan ubsan tsan models mutants soak-kill
 	XCCL_FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/test_fuzz_control.py --timeout 0
+
+# xccl against three MPIs, which are installed if they are not there: which targets are met. About 15 minutes on 2 cores.
+targets: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.targets $(TARGETS_ARGS)
+
+# The same and how time grows with ranks; then docs/performance.md and its figures from what came out.
+performance: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.targets --growth $(TARGETS_ARGS)
+	$(BIN)/python -m benchmarks.report
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

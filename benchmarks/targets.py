@@ -78,14 +78,17 @@ def summary(results: Results) -> Table:
         if verdict is None:
             continue
         met = "[green]yes[/]" if verdict.met else "[red]no[/]"
-        reached = f"{100 * verdict.reached:.2f} %" if target is IDLE else f"{verdict.reached:.3f}"
-        table.add_row(target.row, target.goal, reached, met, target.name, verdict.best, _worst(verdict.worst))
+        worst = "" if verdict.worst is None else _worst(verdict.worst)
+        table.add_row(target.row, target.goal, reached_text(verdict), met, target.name, verdict.best, worst)
     return table
 
 
-def _worst(point: Point | None) -> str:
-    if point is None:
-        return ""
+def reached_text(verdict: Verdict) -> str:
+    """As it is printed."""
+    return f"{100 * verdict.reached:.2f} %" if verdict.target is IDLE else f"{verdict.reached:.2f}"
+
+
+def _worst(point: Point) -> str:
     return f"{point.x} {EVERY[point.series].unit}: {point.time:.4g} / {point.mpi_time:.4g} = {point.ratio:.3f}"
 
 
