@@ -80,3 +80,8 @@ def test_an_exception_aborts_the_job(mpi: MpiEnvironment, nranks: int) -> None:
     code, output = _output_of(mpi, nranks, "abort.py")
     assert code != 0
     assert "RuntimeError: rank one is unhappy" in output
+
+
+@pytest.mark.timeout(TIMEOUT + 60)
+def test_a_broken_bench(mpi: MpiEnvironment) -> None:
+    _run(mpi, 2, "bench_broken.py")
