@@ -134,6 +134,7 @@ SERIES = _by_name(
     _series("send-large-symmetric", 2, "send", _LARGE, symmetric=True),
     _series("put_signal", 2, "put_signal", _SMALL),
     _series("put_signal-prepared", 2, "put_signal", _ONE, prepared=True),
+    _series("put", 2, "put", _ONE),
     *_all_to_all(2),
     *_all_to_all(8),
     *(_series(f"barrier-{ranks}", ranks, "barrier", _ONE) for ranks in (2, 8, 16)),

@@ -134,6 +134,18 @@ def growth(results: Results, operation: str) -> str:
     return ", ".join(parts)
 
 
+def put_signal(results: Results) -> str:
+    """What a signal that is seen costs, against MPI's, and against a Put that nobody sees."""
+    signal, put = results.best("put_signal").get(8), results.best("put").get(8)
+    if signal is None or put is None:
+        return "-"
+    return (
+        f"{time_name(signal.time)} µs in xccl and {time_name(signal.mpi_time)} µs in {campaign.LABELS[signal.mpi]}. "
+        f"Put and Flush of the data alone, of which the peer learns nothing, take {time_name(put.mpi_time)} µs in "
+        f"{campaign.LABELS[put.mpi]}"
+    )
+
+
 def sentences(results: Results) -> dict[str, str]:
     """The parts of the page that hold figures."""
     send = between(results, "send-small"), between(results, "send-large"), between(results, "send-large-symmetric")
@@ -143,9 +155,9 @@ def sentences(results: Results) -> dict[str, str]:
     line = [p.floor for every in results.of("barrier-2").values() for p in every]
     return {
         "about": about(results),
-        "minutes": "15",
         "targets": targets(results),
         "send": f"Ratios: small messages {send[0]}, large ones {send[1]}, between symmetric arrays {send[2]}.",
+        "put_signal": put_signal(results),
         "all_to_all": (
             f"Ratios on 2 ranks: {exchange[2]}, symmetric arrays {symmetric[2]}. On 8 ranks: {exchange[8]}, "
             f"symmetric arrays {symmetric[8]}."

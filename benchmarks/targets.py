@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="once, first and last size of each series")
     parser.add_argument("--only", action="append", choices=[t.name for t in TARGETS], metavar="ROW", help="a target")
     parser.add_argument("--growth", action="store_true", help="also how time grows with ranks, for the report")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of the whole (3)")
+    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="of the whole (2)")
     parser.add_argument("--blocks", type=int, default=8, metavar="B", help="that are timed in each (8)")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="what to write; without --quick and --only the published results"
@@ -145,11 +145,11 @@ def main() -> None:
     if options.show is not None:
         results = Results.load(options.show)
     else:
-        wanted = [target for target in TARGETS if options.only is None or target.name in options.only]
-        series = [SERIES[name] for name in dict.fromkeys(target.series for target in wanted) if name in SERIES]
+        names = {target.series for target in TARGETS if options.only is None or target.name in options.only}
+        series = [each for name, each in SERIES.items() if options.only is None or name in names]
         series += GROWTH.values() if options.growth else []
         repeats = 1 if options.quick else options.repeats
-        idle = IDLE in wanted
+        idle = IDLE.series in names
         results = measure(series, repeats, options.blocks, short=options.quick, idle=idle, console=console)
         partial = options.quick or options.only is not None
         if options.json is not None or not partial:
