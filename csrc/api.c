@@ -25,6 +25,7 @@ int xccl_comm_open(xccl_world_t *world, xccl_comm_t **out) {
         xccl_comm_destroy(comm);
         return status;
     }
+    world->opened_sequence = atomic_load_explicit(&world->ranks[world->rank].sequence, memory_order_relaxed);
     *out = comm;
     return XCCL_OK;
 }

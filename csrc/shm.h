@@ -125,6 +125,7 @@ struct xccl_world_t {
     xccl_ladder_t ladder;
     bool fences_by_membarrier; /* a rank that goes to sleep fences this process: see xccl_ring */
     int64_t timeout_ns;        /* default of blocking calls */
+    uint64_t opened_sequence;  /* operations begun when the world was open: the next one is the user's first */
     int64_t slow_since;        /* when the current operation's clock started; 0: not yet */
     xccl_interrupt_fn interrupted;
     xccl_hook_t hooks[XCCL_MAX_HOOKS];

@@ -37,9 +37,20 @@ int64_t xccl_now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
+/* Ranks start unevenly (imports, weights to load): the first operation may take longer than any later one. */
+static int64_t default_timeout(const xccl_world_t *world) {
+    uint64_t begun = atomic_load_explicit(&world->ranks[world->rank].sequence, memory_order_relaxed);
+    if (begun > world->opened_sequence + 1)
+        return world->timeout_ns;
+    int64_t first = world->header->config.first_timeout_ns;
+    if (first != 0)
+        return first;
+    return world->timeout_ns < INT64_MAX / 2 ? 2 * world->timeout_ns : INT64_MAX;
+}
+
 int64_t xccl_deadline(xccl_world_t *world, int64_t timeout_ns) {
     if (timeout_ns == XCCL_TIMEOUT_DEFAULT)
-        timeout_ns = world->timeout_ns;
+        timeout_ns = default_timeout(world);
     world->slow_since = 0;
     if (timeout_ns == XCCL_TIMEOUT_NONE)
         return INT64_MAX;

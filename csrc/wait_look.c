@@ -1,70 +1,20 @@
-/* wait_look.c - what may end a wait early, and the report of one that timed out. */
-#include <stdarg.h>
-#include <stdio.h>
-
+/* wait_look.c - what may end a wait early. */
 #include "shm.h"
 #include "status.h"
+#include "wait_report.h"
 
 /* Processes looked up in /proc on each look, besides those waited for: a death is found by somebody soon and
  * marked in the rank table, where all see it. */
-enum { PROBES_PER_LOOK = 4, MAX_SLOTS_SHOWN = 16, MAX_RANKS_SHOWN = 64 };
+enum { PROBES_PER_LOOK = 4 };
 
-/* ---- what a waiter reports ---- */
-
-typedef struct text_t {
-    char buffer[24576];
-    size_t length;
-} text_t;
-
-static void __attribute__((format(printf, 2, 3))) append(text_t *text, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    int n = vsnprintf(text->buffer + text->length, sizeof text->buffer - text->length, format, args);
-    va_end(args);
-    if (n > 0) {
-        size_t room = sizeof text->buffer - text->length - 1;
-        text->length += (size_t)n < room ? (size_t)n : room;
-    }
-}
-
-static const char *own_operation(const xccl_world_t *world) {
-    return xccl_op_name(atomic_load_explicit(&world->ranks[world->rank].operation, memory_order_relaxed));
-}
-
-static int fail_timeout(xccl_world_t *world, const xccl_wait_t *wait) {
-    text_t text = {.length = 0};
-    char line[256];
-    append(&text, "rank %d: %s timed out.", world->rank, own_operation(world));
-    xccl_awaited_t slot;
-    int missing = 0;
-    for (; missing < world->size * 4 && wait->awaited(wait->arg, missing, &slot); missing++) {
-        if (missing >= MAX_SLOTS_SHOWN)
-            continue;
-        if (slot.peer >= 0)
-            append(&text, "\n  missing: %s of rank %d, expected %llu, seen %llu", slot.what, slot.peer,
-                   (unsigned long long)slot.expected, (unsigned long long)slot.seen);
-        else
-            append(&text, "\n  missing: %s, expected %llu, seen %llu", slot.what, (unsigned long long)slot.expected,
-                   (unsigned long long)slot.seen);
-    }
-    if (missing > MAX_SLOTS_SHOWN)
-        append(&text, "\n  ... and %d more", missing - MAX_SLOTS_SHOWN);
-    append(&text, "\nAll ranks:");
-    for (int rank = 0; rank < world->size && rank < MAX_RANKS_SHOWN; rank++) {
-        xccl_shm_describe_rank(world, rank, line, sizeof line);
-        append(&text, "\n  %s", line);
-    }
-    return xccl_fail(XCCL_ERR_TIMEOUT, "%s", text.buffer);
-}
+/* ---- who is lost ---- */
 
 static int fail_lost(xccl_world_t *world, int lost) {
     char line[256];
     xccl_shm_describe_rank(world, lost, line, sizeof line);
     return xccl_fail(XCCL_ERR_PEER_LOST, "rank %d: %s cannot complete, rank %d is lost. Its last state: %s",
-                     world->rank, own_operation(world), lost, line);
+                     world->rank, xccl_wait_operation(world), lost, line);
 }
-
-/* ---- who is lost ---- */
 
 static int32_t state_of(const xccl_world_t *world, int rank) {
     return atomic_load_explicit(&world->ranks[rank].state, memory_order_acquire);
@@ -145,8 +95,8 @@ int xccl_wait_look(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadlin
     if (world->outlives_peers && wait->ready(wait->arg))
         return XCCL_OK;
     if (xccl_now_ns() >= deadline)
-        return wait->ready(wait->arg) ? XCCL_OK : fail_timeout(world, wait);
+        return wait->ready(wait->arg) ? XCCL_OK : xccl_wait_fail_timeout(world, wait);
     if (world->interrupted && world->interrupted())
-        return xccl_fail(XCCL_ERR_INTERRUPTED, "rank %d: %s was interrupted", world->rank, own_operation(world));
+        return xccl_fail(XCCL_ERR_INTERRUPTED, "rank %d: %s was interrupted", world->rank, xccl_wait_operation(world));
     return XCCL_AGAIN;
 }

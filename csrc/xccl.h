@@ -90,6 +90,7 @@ typedef struct xccl_config_t {
     uint64_t yields;           /* yields before a waiter sleeps [measured] */
     int64_t timeout_ns;        /* default deadline of a blocking call [300 s] */
     int64_t init_timeout_ns;   /* deadline for all ranks to attach [600 s] */
+    int64_t first_timeout_ns; /* default deadline of a rank's first operation [twice timeout_ns] */
     char session[32];          /* random id of the world, NUL-terminated */
 } xccl_config_t;
 
@@ -121,6 +122,18 @@ typedef struct xccl_session_info_t {
     int64_t created_ns;  /* CLOCK_MONOTONIC */
     int32_t aborted;     /* 1: ended by xccl_shm_abort */
 } xccl_session_info_t;
+
+/* One thing that a wait lacked when it timed out. */
+typedef struct xccl_missing_t {
+    int32_t rank;      /* world rank that was to bring it, -1: any */
+    uint64_t expected; /* in the unit of the slot: an epoch, a counter, a signal's value */
+    uint64_t seen;
+    char what[40];
+    xccl_rank_info_t info; /* of that rank, at that time */
+} xccl_missing_t;
+
+/* The index-th slot that the calling thread's last TIMEOUT lacked; XCCL_AGAIN if there are fewer (16 are kept). */
+int xccl_error_missing(int index, xccl_missing_t *out);
 
 /* Bytes of the shared object (address space; pages are reserved when they are allocated). */
 uint64_t xccl_shm_object_bytes(const xccl_config_t *config);

@@ -11,6 +11,7 @@ See https://arxiv.org/abs/2508.02520 for the library that this one is modelled o
 from xccl import reference
 from xccl.communicator import Communicator, init
 from xccl.errors import (
+    Missing,
     XcclAborted,
     XcclError,
     XcclOutOfMemory,
@@ -40,6 +41,7 @@ __all__ = [
     "Handle",
     "Hook",
     "Message",
+    "Missing",
     "Prepared",
     "Request",
     "Signal",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import operator
+import time
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,7 @@ from xccl._core import __file__ as _core_file
 from xccl._core import ffi, lib
 
 __all__ = [
+    "RANK_STATES",
     "Call",
     "address_to_read",
     "address_to_write",
@@ -83,7 +85,43 @@ def check(status: int) -> None:
     message = ffi.string(lib.xccl_error_message()).decode(errors="replace")
     if status == lib.XCCL_ERR_ABORTED:
         raise errors.XcclAborted(message, int(lib.xccl_error_rank()), message.partition("\n")[2] or message)
+    if status == lib.XCCL_ERR_TIMEOUT:
+        raise errors.XcclTimeout(message, _missing())
     raise _ERRORS.get(status, errors.XcclError)(message)
+
+
+# A rank's state in words, for errors and tools.
+RANK_STATES = {
+    lib.XCCL_RANK_ABSENT: "absent",
+    lib.XCCL_RANK_ATTACHED: "alive",
+    lib.XCCL_RANK_CLOSED: "left",
+    lib.XCCL_RANK_DEAD: "dead",
+    lib.XCCL_RANK_STOPPED: "stopped",
+}
+
+
+def _missing() -> tuple[errors.Missing, ...]:
+    """What this thread's last wait still lacked."""
+    slot = ffi.new("xccl_missing_t *")
+    found: list[errors.Missing] = []
+    now = time.monotonic()
+    while lib.xccl_error_missing(len(found), slot) == lib.XCCL_OK:
+        place = (int(slot.rank), ffi.string(slot.what).decode(), int(slot.expected), int(slot.seen))
+        if slot.rank < 0:
+            found.append(errors.Missing(*place))
+            continue
+        info = slot.info
+        found.append(
+            errors.Missing(
+                *place,
+                state=RANK_STATES[info.state],
+                operation=ffi.string(info.operation).decode(),
+                sequence=int(info.sequence),
+                phase=int(info.phase),
+                idle=max(now - info.moved_ns * 1e-9, 0.0) if info.moved_ns else 0.0,
+            )
+        )
+    return tuple(found)
 
 
 def timeout_ns(timeout: float | None) -> int:

@@ -181,6 +181,7 @@ def _config(size: int, session: str) -> Any:
             "yields": rc.yields,
             "timeout_ns": int(rc.timeout * 1e9),
             "init_timeout_ns": int(rc.init_timeout * 1e9),
+            "first_timeout_ns": int(rc.first_timeout * 1e9),
             "session": session.encode(),
         },
     )

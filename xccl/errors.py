@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 class XcclError(Exception):
     """Base of all errors of xccl."""
@@ -11,8 +13,51 @@ class XcclUsageError(XcclError, ValueError):
     """An argument, or the order of calls, is wrong. Nothing was changed unless the message says so."""
 
 
+@dataclass(frozen=True)
+class Missing:
+    """One thing that a call still waited for when its deadline passed.
+
+    Attributes
+    ----------
+    rank
+        World rank that was to bring it; -1 if any rank may (a user's signal). The attributes after `seen` are that
+        rank's, at that time.
+    what, expected, seen
+        The slot, and its value in its own unit: an epoch, a count, a signal's value.
+    state
+        "alive", "stopped" (SIGSTOP, a debugger), "dead", "left" or "absent" (not yet started).
+    operation, sequence, phase
+        What the rank does, the number of operations that it has begun, and its step in this one.
+    idle
+        Seconds since it last began an operation or step.
+    """
+
+    rank: int
+    what: str
+    expected: int
+    seen: int
+    state: str = ""
+    operation: str = ""
+    sequence: int = 0
+    phase: int = 0
+    idle: float = 0.0
+
+
 class XcclTimeout(XcclError, TimeoutError):
-    """The deadline passed. The message names each awaited slot and the state of every rank."""
+    """The deadline passed. The message names each awaited slot and the state of every rank.
+
+    Attributes
+    ----------
+    missing : tuple of Missing
+        What the call still waited for, at most 16 things; empty if a whole launch timed out.
+    """
+
+    def __init__(self, message: str, missing: tuple[Missing, ...] = ()) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+    def __reduce__(self) -> tuple[type[XcclTimeout], tuple[str, tuple[Missing, ...]]]:
+        return XcclTimeout, (str(self), self.missing)
 
 
 class XcclPeerLost(XcclError):

@@ -67,6 +67,12 @@ class Option:
 
 OPTIONS = (
     Option("timeout", 300.0, "s", "deadline of a blocking call that is given none"),
+    Option(
+        "first_timeout",
+        0.0,
+        "s",
+        "as timeout, for the first operation of a rank: ranks may start unevenly; 0: twice the timeout",
+    ),
     Option("init_timeout", 600.0, "s", "deadline for all ranks to start"),
     Option(
         "heap_size", 64 << 30, "bytes", "address space for symmetric arrays, per rank; pages are taken when allocated"

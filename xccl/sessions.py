@@ -14,17 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from xccl._binding import check, ffi, lib
+from xccl._binding import RANK_STATES, check, ffi, lib
 from xccl._object import PREFIX, shm_directory
 from xccl.errors import XcclError
-
-_STATES = {
-    lib.XCCL_RANK_ABSENT: "absent",
-    lib.XCCL_RANK_ATTACHED: "alive",
-    lib.XCCL_RANK_CLOSED: "left",
-    lib.XCCL_RANK_DEAD: "dead",
-    lib.XCCL_RANK_STOPPED: "stopped",
-}
 
 
 @dataclass(frozen=True)
@@ -150,7 +142,7 @@ def _read_rank(world: object, rank: int, now: float) -> RankState:
     here = info.state != lib.XCCL_RANK_ABSENT
     return RankState(
         rank=rank,
-        state=_STATES[info.state],
+        state=RANK_STATES[info.state],
         pid=int(info.pid),
         operation=ffi.string(info.operation).decode(),
         sequence=int(info.sequence),
