@@ -26,10 +26,10 @@ def sanitize() -> ModuleType:
 def programs(
     request: pytest.FixtureRequest, sanitize: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    try:
-        return sanitize.build(request.param, tmp_path_factory.mktemp("sanitized"))
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"this compiler has no -fsanitize={request.param} ({error})")
+    if not sanitize.is_available(request.param):
+        pytest.skip(f"this compiler has no -fsanitize={request.param}")
+    programs: dict[str, Path] = sanitize.build(request.param, tmp_path_factory.mktemp("sanitized"))
+    return programs
 
 
 def _run(sanitize: ModuleType, program: Path, *arguments: int) -> None:

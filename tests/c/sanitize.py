@@ -38,6 +38,12 @@ def flags_of(sanitizer: str) -> list[str]:
     return flags
 
 
+def is_available(sanitizer: str) -> bool:
+    """The compiler can link with the sanitizer."""
+    command = ["cc", *flags_of(sanitizer), "-x", "c", "-", "-o", "/dev/null"]
+    return subprocess.run(command, input="int main(void) { return 0; }", text=True, capture_output=True).returncode == 0
+
+
 def build(sanitizer: str, where: Path) -> dict[str, Path]:
     """The programs of this folder, built with the sanitizer, by name."""
     compiler = os.environ.get("CC", "ccache gcc" if shutil.which("ccache") else "cc").split()

@@ -1,18 +1,41 @@
-/* The doorbell of csrc/wait.c: does a waiter ever sleep although what it waits for has happened?
+/* The doorbell: does a waiter ever sleep although what it waits for has happened?
  *
- * A ringer stores the word, rings; the waiter climbs to sleep as `doze` does. The sleep has no time limit here: in the
- * library a lost wake-up costs a slice of 100 ms, in the model it is a deadlock, which spin reports as an invalid end
- * state.
+ * A ringer stores the word and rings; the waiter arms its doorbell, looks once more, and sleeps. The sleep has no time
+ * limit here: in the library a lost wake-up costs a slice of 100 ms, in the model it is a deadlock, which spin reports
+ * as an invalid end state.
  *
  * Memory is that of x86 (total store order): every process puts its stores into a first-in first-out buffer of its
  * own, reads its own newest store, and the buffer drains to memory at any time. A sequentially consistent fence and
  * an atomic read-modify-write wait until it is empty. The kernel compares the bell and queues the sleeper in one step.
  *
+ * Who fences: with SLEEPER_MEMBARRIER=1 the waiter calls membarrier, which makes every registered process fence at some
+ * moment during the call; with 0 it fences for itself and says FENCE_YOURSELF from the start. With RINGER_MEMBARRIER=1
+ * the ringers are registered and leave out their own fence unless they read that word. Both 0 is the classic doorbell,
+ * where each side has a fence.
+ *
  * Bounds: VALUES rounds by one ringer of the waited word, and one ring by another process for something else.
- * Mutants (all must fail): NO_WAITER_FENCE, NO_RINGER_FENCE, BELL_AFTER_LOOK, BELL_UNCHANGED, WAKE_BEFORE_STORE.
+ * Mutants (all must fail): NO_WAITER_FENCE, NO_RINGER_FENCE, UNREGISTERED_RINGER, BELL_AFTER_LOOK, BELL_UNCHANGED,
+ * WAKE_BEFORE_STORE, REFUSED_LATER (membarrier is refused for the first time when a waiter arms its doorbell: ringers
+ * have left out their fences until then, so one wake-up can be lost).
  */
 #ifndef VALUES
 #define VALUES 3
+#endif
+
+#ifndef SLEEPER_MEMBARRIER
+#define SLEEPER_MEMBARRIER 1
+#endif
+#ifndef RINGER_MEMBARRIER
+#define RINGER_MEMBARRIER 1
+#endif
+
+/* values of the word SLEEPING */
+#define ASLEEP 1
+#define FENCE_YOURSELF 2
+#if SLEEPER_MEMBARRIER
+#define AWAKE 0
+#else
+#define AWAKE FENCE_YOURSELF
 #endif
 
 #define WORD 0
@@ -48,21 +71,43 @@ byte newest[ACTORS * WORDS];
 
 /* xccl_ring. futex_wake wakes who is queued; a ring that comes before the sleeper is queued changes the bell. */
 inline ring(actor, seen) {
-#ifndef NO_RINGER_FENCE
+#if !defined(NO_RINGER_FENCE) && !defined(UNREGISTERED_RINGER) && !RINGER_MEMBARRIER
     fence(actor);
 #endif
     load(actor, SLEEPING, seen);
     if
     :: seen == 0 -> skip
     :: else ->
-#ifndef BELL_UNCHANGED
-        atomic { empty(buffers[actor]) -> bell++ };
+#ifndef NO_RINGER_FENCE
+        fence(actor);
 #endif
-        queued = false /* futex_wake */
+        load(actor, SLEEPING, seen);
+        if
+        :: (seen & ASLEEP) == 0 -> skip
+        :: else ->
+#ifndef BELL_UNCHANGED
+            atomic { empty(buffers[actor]) -> bell++ };
+#endif
+            queued = false /* futex_wake */
+        fi
     fi
 }
 
-active proctype drain() {
+/* Every registered process has fenced at some moment between begin and end of the call. */
+inline membarrier() {
+    fence(WAITER);
+#if RINGER_MEMBARRIER && !defined(UNREGISTERED_RINGER)
+    fence(RINGER);
+    fence(STRANGER);
+#endif
+}
+
+init {
+    memory[SLEEPING] = AWAKE;
+    atomic { run drain(); run ringer(); run stranger(); run waiter() }
+}
+
+proctype drain() {
     byte word, value;
 end:
     do
@@ -72,7 +117,7 @@ end:
     od
 }
 
-active proctype ringer() {
+proctype ringer() {
     byte value = 1, seen;
     do
     :: value > VALUES -> break
@@ -89,22 +134,28 @@ active proctype ringer() {
 }
 
 /* Rings for a word that the waiter does not wait for now. */
-active proctype stranger() {
+proctype stranger() {
     byte seen;
     store(STRANGER, OTHER, 1);
     ring(STRANGER, seen)
 }
 
-active proctype waiter() {
-    byte wanted = 1, rung, seen;
+proctype waiter() {
+    byte wanted = 1, rung, seen, awake = AWAKE;
     do
     :: wanted > VALUES -> break
     :: else ->
 #ifndef BELL_AFTER_LOOK
         rung = bell;
 #endif
-        store(WAITER, SLEEPING, 1);
-#ifndef NO_WAITER_FENCE
+        store(WAITER, SLEEPING, awake | ASLEEP);
+#if defined(REFUSED_LATER)
+        awake = FENCE_YOURSELF;
+        store(WAITER, SLEEPING, awake | ASLEEP);
+        fence(WAITER);
+#elif !defined(NO_WAITER_FENCE) && SLEEPER_MEMBARRIER
+        membarrier();
+#elif !defined(NO_WAITER_FENCE)
         fence(WAITER);
 #endif
         load(WAITER, WORD, seen); /* the last look */
@@ -122,7 +173,7 @@ active proctype waiter() {
             }
             !queued
         fi;
-        store(WAITER, SLEEPING, 0);
+        store(WAITER, SLEEPING, awake);
         if
         :: seen >= wanted -> wanted++
         :: else -> skip
