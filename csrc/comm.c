@@ -120,6 +120,13 @@ static int members(const xccl_comm_t *parent, const unsigned char *all, int64_t 
     return count;
 }
 
+static bool is_member(int rank, const int *ranks, int count) {
+    for (int i = 0; i < count; i++)
+        if (ranks[i] == rank)
+            return true;
+    return false;
+}
+
 /* Clears the own page of `context`. Peers signal into it only after the agreement that follows, so no early
  * signal is wiped (bug class 1). */
 static int clear_context(xccl_world_t *world, int context) {
@@ -143,6 +150,8 @@ int xccl_comm_create_split(xccl_comm_t *parent, int64_t color, int64_t key, int6
                          XCCL_MAX_CONTEXTS);
     int ranks[XCCL_MAX_RANKS];
     int count = members(parent, all, mine.color, ranks);
+    if (!is_member(world->rank, ranks, count))
+        return xccl_fail(XCCL_ERR_SYSTEM, "rank %d: what it gave to split is damaged in shared memory", world->rank);
     int local = color < 0 ? XCCL_OK : clear_context(world, context);
     split_record_t outcome = {.status = local};
     status = exchange_records(parent, &outcome, all, deadline);

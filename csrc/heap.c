@@ -24,9 +24,14 @@ static xccl_heap_table_t *table_of(const xccl_world_t *world, int rank, xccl_are
     return xccl_gas_at(world, rank, (uint64_t)area * page_round(sizeof(xccl_heap_table_t)));
 }
 
+/* Tables are shared memory: a damaged count must not lead out of the table. */
+static uint64_t count_of(const xccl_heap_table_t *table) {
+    return table->count < XCCL_HEAP_MAX_BLOCKS ? table->count : XCCL_HEAP_MAX_BLOCKS;
+}
+
 /* Index of the first block that ends after `offset`. */
 static uint64_t first_after(const xccl_heap_table_t *table, uint64_t offset) {
-    uint64_t low = 0, high = table->count;
+    uint64_t low = 0, high = count_of(table);
     while (low < high) {
         uint64_t middle = low + (high - low) / 2;
         if (table->blocks[middle].offset + table->blocks[middle].bytes <= offset)
@@ -50,10 +55,13 @@ const xccl_block_t *xccl_heap_find(const xccl_world_t *world, int rank, uint64_t
         return NULL;
     const xccl_heap_table_t *table = table_of(world, rank, (xccl_area_t)area);
     uint64_t i = first_after(table, offset);
-    if (i == table->count || table->blocks[i].offset > offset)
+    if (i == count_of(table) || table->blocks[i].offset > offset)
         return NULL;
-    /* subtractions only: a sum could overflow for a hostile `bytes` */
-    return bytes <= table->blocks[i].bytes - (offset - table->blocks[i].offset) ? &table->blocks[i] : NULL;
+    /* subtractions only: a sum could overflow for a hostile `bytes`. The block may be damaged: nothing leaves the area.
+     */
+    uint64_t end = world->header->area_offset[area] + world->header->area_bytes[area];
+    bool inside = bytes <= table->blocks[i].bytes - (offset - table->blocks[i].offset) && bytes <= end - offset;
+    return inside ? &table->blocks[i] : NULL;
 }
 
 /* Lowest page-aligned range of `bytes` that is free on every member; 0 if there is none. */
@@ -66,12 +74,13 @@ static uint64_t find_room(const xccl_comm_t *comm, xccl_area_t area, uint64_t by
             return 0;
         const xccl_heap_table_t *table = table_of(comm->world, comm->ranks[pe], area);
         uint64_t i = first_after(table, candidate);
-        if (i < table->count && table->blocks[i].offset < candidate + bytes) {
-            /* taken on this member: go behind its block and ask all members anew */
-            candidate = page_round(table->blocks[i].offset + table->blocks[i].bytes);
-            pe = 0;
-            if (candidate > end)
+        if (i < count_of(table) && table->blocks[i].offset < candidate + bytes) {
+            /* taken on this member: go behind its block and ask all members anew; a damaged one ends the search */
+            uint64_t behind = page_round(table->blocks[i].offset + table->blocks[i].bytes);
+            if (behind <= candidate || behind > end)
                 return 0;
+            candidate = behind;
+            pe = 0;
             continue;
         }
         pe++;
@@ -81,28 +90,31 @@ static uint64_t find_room(const xccl_comm_t *comm, xccl_area_t area, uint64_t by
 
 static int insert_block(const xccl_comm_t *comm, xccl_area_t area, xccl_block_t block) {
     xccl_heap_table_t *table = table_of(comm->world, comm->world->rank, area);
-    if (table->count == XCCL_HEAP_MAX_BLOCKS)
+    uint64_t count = count_of(table);
+    if (count == XCCL_HEAP_MAX_BLOCKS)
         return xccl_fail(XCCL_ERR_MEMORY,
                          "rank %d has %d live allocations in the %s area, the most that are possible: free some",
                          comm->world->rank, XCCL_HEAP_MAX_BLOCKS, AREAS[area]);
     int status = xccl_heap_commit(comm->world, (uint64_t)((unsigned char *)table - comm->world->own),
-                                  offsetof(xccl_heap_table_t, blocks) + (table->count + 1) * sizeof(xccl_block_t));
+                                  offsetof(xccl_heap_table_t, blocks) + (count + 1) * sizeof(xccl_block_t));
     if (status != XCCL_OK)
         return status;
     uint64_t i = first_after(table, block.offset);
-    memmove(&table->blocks[i + 1], &table->blocks[i], (table->count - i) * sizeof(xccl_block_t));
+    i = i < count ? i : count;
+    memmove(&table->blocks[i + 1], &table->blocks[i], (count - i) * sizeof(xccl_block_t));
     table->blocks[i] = block;
-    table->count++;
+    table->count = count + 1;
     return XCCL_OK;
 }
 
 static void remove_block(const xccl_comm_t *comm, xccl_area_t area, uint64_t offset) {
     xccl_heap_table_t *table = table_of(comm->world, comm->world->rank, area);
     uint64_t i = first_after(table, offset);
-    if (i == table->count || table->blocks[i].offset != offset)
+    uint64_t count = count_of(table);
+    if (i == count || table->blocks[i].offset != offset)
         return;
-    memmove(&table->blocks[i], &table->blocks[i + 1], (table->count - i - 1) * sizeof(xccl_block_t));
-    table->count--;
+    memmove(&table->blocks[i], &table->blocks[i + 1], (count - i - 1) * sizeof(xccl_block_t));
+    table->count = count - 1;
 }
 
 /* ---- pages ---- */
@@ -155,7 +167,7 @@ static void release_pages(xccl_world_t *world, uint64_t offset, uint64_t bytes) 
 uint64_t xccl_heap_used(const xccl_world_t *world, xccl_area_t area) {
     const xccl_heap_table_t *table = table_of(world, world->rank, area);
     uint64_t bytes = 0;
-    for (uint64_t i = 0; i < table->count; i++)
+    for (uint64_t i = 0; i < count_of(table); i++)
         bytes += table->blocks[i].bytes;
     return bytes;
 }
@@ -297,7 +309,8 @@ int xccl_heap_free(xccl_comm_t *comm, xccl_area_t area, uint64_t offset, int64_t
                          "rank %d: free of memory that this communicator did not allocate, or that is freed already",
                          world->rank);
     xccl_op_begin(world, XCCL_OP_FREE);
-    uint64_t bytes = block->bytes;
+    uint64_t end = world->header->area_offset[area] + world->header->area_bytes[area];
+    uint64_t bytes = block->bytes <= end - offset ? block->bytes : end - offset;
     proposal_t mine = {.kind = XCCL_OP_FREE, .area = area, .bytes_or_offset = offset};
     /* The agreement is a barrier: when it returns, all members have finished what they did with the block (bug class
      * 11). */

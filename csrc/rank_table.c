@@ -128,11 +128,13 @@ void xccl_shm_describe_rank(const xccl_world_t *world, int rank, char *out, size
         snprintf(out, bytes, "rank %d", rank);
         return;
     }
+    const int num_states = sizeof STATES / sizeof *STATES;
+    const char *state = info.state >= 0 && info.state < num_states ? STATES[info.state] : "damaged";
     if (info.state == XCCL_RANK_ABSENT) {
-        snprintf(out, bytes, "rank %d: %s", rank, STATES[info.state]);
+        snprintf(out, bytes, "rank %d: %s", rank, state);
         return;
     }
     snprintf(out, bytes, "rank %d (pid %d, %s): operation %llu (%s), phase %d, last moved %.1f s ago", rank, info.pid,
-             STATES[info.state], (unsigned long long)info.sequence, info.operation, info.phase,
-             (double)(coarse_now_ns() - info.moved_ns) * 1e-9);
+             state, (unsigned long long)info.sequence, info.operation, info.phase,
+             ((double)coarse_now_ns() - (double)info.moved_ns) * 1e-9);
 }

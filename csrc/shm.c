@@ -125,17 +125,37 @@ int xccl_shm_reserve(int fd, uint64_t offset, uint64_t bytes) {
     return status == 0 ? 0 : errno;
 }
 
+/* Says what is wrong with a configuration whose defaults are filled in; NULL: nothing. */
+static const char *fault_of(const xccl_config_t *config) {
+    const uint64_t most = 1ull << 40;
+    if (config->size < 1 || config->size > XCCL_MAX_RANKS)
+        return "size";
+    if (config->p2p_slots & (config->p2p_slots - 1) || config->p2p_slots == 0 || config->p2p_slots > most / XCCL_PAGE)
+        return "p2p_slots";
+    if (config->p2p_slot_bytes == 0 || config->p2p_slot_bytes > most)
+        return "p2p_slot_bytes";
+    if (config->coll_block_bytes == 0 || config->coll_block_bytes > most)
+        return "coll_block_bytes";
+    if (config->heap_bytes > UINT64_MAX / 8 / XCCL_MAX_RANKS)
+        return "heap_bytes";
+    return NULL;
+}
+
 int xccl_shm_format(int fd, const xccl_config_t *config) {
     if (config->size < 1 || config->size > XCCL_MAX_RANKS)
         return xccl_fail(XCCL_ERR_USAGE, "a world has 1 to %d ranks, got %d", XCCL_MAX_RANKS, config->size);
     if (config->p2p_slots & (config->p2p_slots - 1))
         return xccl_fail(XCCL_ERR_USAGE, "p2p_slots must be a power of two, got %llu",
                          (unsigned long long)config->p2p_slots);
+    const xccl_config_t complete = with_defaults(config);
+    const char *fault = fault_of(&complete);
+    if (fault)
+        return xccl_fail(XCCL_ERR_USAGE, "the %s of the world is out of range", fault);
     xccl_header_t header = {
         .magic = MAGIC,
         .abi = ABI,
         .uid = geteuid(),
-        .config = with_defaults(config),
+        .config = complete,
         .created_ns = xccl_now_ns(),
         .creator_pid = (int32_t)getpid(),
     };
@@ -208,10 +228,9 @@ int xccl_shm_die_with_creator(xccl_world_t *world) {
 
 /* The header's numbers are those that its configuration leads to, so that no offset leaves the object. */
 static bool is_laid_out(const xccl_header_t *header) {
-    const xccl_config_t *config = &header->config;
-    if (config->size < 1 || config->size > XCCL_MAX_RANKS || config->heap_bytes > UINT64_MAX / 8 / XCCL_MAX_RANKS)
+    xccl_header_t right = {.config = header->config};
+    if (fault_of(&header->config))
         return false;
-    xccl_header_t right = {.config = *config};
     lay_out(&right);
     return header->control_bytes == right.control_bytes && header->stride == right.stride &&
            memcmp(header->area_offset, right.area_offset, sizeof right.area_offset) == 0 &&
@@ -300,7 +319,7 @@ static void leave_mapping(xccl_mapping_t *mapping) {
 
 static void bind_views(xccl_world_t *world) {
     world->base = world->mapping->base;
-    world->header = (xccl_header_t *)world->base;
+    world->control = (xccl_header_t *)world->base;
     world->abort_text = (char *)world->base + XCCL_PAGE;
     world->ranks = (xccl_rank_entry_t *)(world->base + XCCL_PAGE + XCCL_ABORT_TEXT_BYTES);
     world->size = world->header->config.size;
@@ -358,12 +377,19 @@ static int open_world(int fd, int rank, const char *session, const xccl_world_t 
     if (rank >= 0 && is_read_only(fd))
         return xccl_fail(XCCL_ERR_USAGE, "rank %d: descriptor %d is open for reading only", rank, fd);
     xccl_world_t *world = calloc(1, sizeof *world);
-    if (!world)
+    xccl_header_t *copy = aligned_alloc(XCCL_LINE, round_up(sizeof *copy, XCCL_LINE));
+    if (!world || !copy) {
+        free(copy);
+        free(world);
         return xccl_fail(XCCL_ERR_MEMORY, "out of memory");
+    }
+    memcpy(copy, &header, sizeof *copy);
+    world->header = copy;
     world->rank = rank;
     world->fd = xccl_process_reopen(fd);
     if (world->fd < 0) {
         status = xccl_fail_errno(errno, "cannot open the shared object of descriptor %d anew (is /proc mounted?)", fd);
+        free(copy);
         free(world);
         return status;
     }
@@ -382,6 +408,7 @@ static int open_world(int fd, int rank, const char *session, const xccl_world_t 
     }
     if (status != XCCL_OK) {
         close(world->fd);
+        free(copy);
         free(world);
         return status;
     }
@@ -473,6 +500,7 @@ void xccl_shm_unmap(xccl_world_t *world) {
     if (!world)
         return;
     leave_mapping(world->mapping);
+    free(world->header);
     close(world->fd);
     free(world);
 }
@@ -505,31 +533,33 @@ int xccl_shm_die_with_parent(int parent_pid) {
 
 void xccl_shm_abort(xccl_world_t *world, const char *text) {
     int32_t none = 0;
-    if (world->read_only || !atomic_compare_exchange_strong(&world->header->abort_state, &none, 1))
+    if (world->read_only || !atomic_compare_exchange_strong(&world->control->abort_state, &none, 1))
         return;
     snprintf(world->abort_text, XCCL_ABORT_TEXT_BYTES, "%s", text ? text : "");
-    atomic_store(&world->header->abort_rank, world->rank);
+    atomic_store(&world->control->abort_rank, world->rank);
     /* release: who sees 2 sees rank and text */
-    atomic_store_explicit(&world->header->abort_state, 2, memory_order_release);
+    atomic_store_explicit(&world->control->abort_state, 2, memory_order_release);
     ring_all(world);
 }
 
 int xccl_shm_is_aborted(const xccl_world_t *world, int *out_rank, char *text, size_t text_bytes) {
     /* acquire pairs with the release in xccl_shm_abort */
-    if (atomic_load_explicit(&world->header->abort_state, memory_order_acquire) != 2)
+    if (atomic_load_explicit(&world->control->abort_state, memory_order_acquire) != 2)
         return 0;
     if (text && text_bytes)
-        snprintf(text, text_bytes, "%s", world->abort_text);
+        snprintf(text, text_bytes, "%.*s", XCCL_ABORT_TEXT_BYTES, world->abort_text);
     if (out_rank)
-        *out_rank = atomic_load(&world->header->abort_rank);
+        *out_rank = atomic_load(&world->control->abort_rank);
     return 1;
 }
 
 static int fail_aborted(const xccl_world_t *world) {
-    int rank = atomic_load(&world->header->abort_rank);
+    int rank = atomic_load(&world->control->abort_rank);
     if (rank < 0)
-        return xccl_fail(XCCL_ERR_ABORTED, "the launcher ended the world: %s", world->abort_text);
-    return xccl_fail_about(XCCL_ERR_ABORTED, rank, "rank %d ended the world:\n%s", rank, world->abort_text);
+        return xccl_fail(XCCL_ERR_ABORTED, "the launcher ended the world: %.*s", XCCL_ABORT_TEXT_BYTES,
+                         world->abort_text);
+    return xccl_fail_about(XCCL_ERR_ABORTED, rank, "rank %d ended the world:\n%.*s", rank, XCCL_ABORT_TEXT_BYTES,
+                           world->abort_text);
 }
 
 int xccl_check_usable(const xccl_world_t *world) {

@@ -118,8 +118,9 @@ struct xccl_world_t {
     unsigned char *base; /* of the mapping */
     unsigned char *windows;
     uint64_t stride;
-    unsigned char *own; /* windows + rank*stride */
-    xccl_header_t *header;
+    unsigned char *own;     /* windows + rank*stride */
+    xccl_header_t *control; /* in the object: for its atomics */
+    xccl_header_t *header;  /* the rest, as it was verified: what happens to the object cannot change it */
     char *abort_text;
     xccl_rank_entry_t *ranks;
     xccl_ladder_t ladder;

@@ -22,7 +22,8 @@ int xccl_fail(int status, const char *format, ...) {
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
     about = -1;
-    return status;
+    /* A status may come from another rank's memory: whatever it is, this is a failure. */
+    return status < 0 ? status : XCCL_ERR_SYSTEM;
 }
 
 int xccl_fail_about(int status, int rank, const char *format, ...) {
