@@ -53,7 +53,7 @@ mutants: $(VENV)/.installed-test
 
 # The long campaigns, of which `make test` runs a bounded share.
 soak: asan ubsan tsan models mutants soak-kill
-	XCCL_FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/test_fuzz_control.py --timeout 0
+	$(BIN)/python tests/c/sanitize.py address,undefined --fuzz 20000
 
 # xccl against three MPIs, which are installed if they are not there: which targets are met. About 15 minutes on 2 cores.
 targets: $(VENV)/.installed-bench

@@ -1,5 +1,5 @@
 /* Corrupts control words in shared memory and demands that every rank ends, with a result or an error: never with a
- * crash, a report of a sanitizer, or for ever. Arguments: first seed, number of seeds.
+ * crash, a report of a sanitizer, or for ever. Arguments: operation or "all", first seed, number of seeds.
  *
  * Each seed is a child process with a world of threads. One rank, the victim, comes late to an operation. What the
  * others have changed in shared memory meanwhile is what it is about to read; some of these words are overwritten, or
@@ -165,10 +165,21 @@ static int use_signal(rank_t *r, uint64_t count, int64_t *x) {
     return status < 0 ? status : xccl_gas_wait_until(r->comm, signal, XCCL_CMP_GE, 1, TIMEOUT, &seen);
 }
 
-typedef int (*operation_t)(rank_t *r, uint64_t count, int64_t *x);
-static const operation_t OPERATIONS[] = {use_all_to_all,   use_all_reduce,   use_all_gather, use_broadcast,
-                                         use_all_to_all_v, use_send_receive, use_moe,        use_heap,
-                                         use_split,        use_signal};
+static const struct {
+    const char *name;
+    int (*run)(rank_t *r, uint64_t count, int64_t *x);
+} OPERATIONS[] = {
+    {"all_to_all", use_all_to_all},
+    {"all_reduce", use_all_reduce},
+    {"all_gather", use_all_gather},
+    {"broadcast", use_broadcast},
+    {"all_to_all_v", use_all_to_all_v},
+    {"send_receive", use_send_receive},
+    {"moe", use_moe},
+    {"heap", use_heap},
+    {"split", use_split},
+    {"signal", use_signal},
+};
 enum { NUM_OPERATIONS = sizeof OPERATIONS / sizeof *OPERATIONS };
 
 /* ---- a rank ---- */
@@ -201,7 +212,7 @@ static void *run_rank(void *arg) {
         if (r->rank == VICTIM)
             pthread_barrier_wait(&e->late);
         if (status >= 0)
-            status = OPERATIONS[e->operation](r, e->count, x);
+            status = OPERATIONS[e->operation].run(r, e->count, x);
         if (status < 0)
             xccl_shm_abort(r->world, xccl_error_message());
     }
@@ -302,14 +313,14 @@ static void corrupt_between(example_t *e) {
 
 /* ---- an example ---- */
 
-static void run_example(uint64_t seed) {
+static void run_example(uint64_t seed, int operation) {
     static example_t e;
     alarm(SECONDS);
     setrlimit(RLIMIT_CORE, &(struct rlimit){0, 0});
     e.random = (seed + 1) * 0x9e3779b97f4a7c15u;
     for (int i = 0; i < 5; i++)
         next_random(&e);
-    e.operation = (int)(next_random(&e) % NUM_OPERATIONS);
+    e.operation = operation >= 0 ? operation : (int)(next_random(&e) % NUM_OPERATIONS);
     e.count = COUNTS[next_random(&e) % (sizeof COUNTS / sizeof *COUNTS)];
     e.corrupted_round = (int)(next_random(&e) % ROUNDS);
     xccl_config_t config = {.size = RANKS,
@@ -344,15 +355,26 @@ static void run_example(uint64_t seed) {
     _exit(0);
 }
 
+/* Its index, -1 for any, -2 if there is none of this name. */
+static int operation_named(const char *name) {
+    for (int i = 0; i < NUM_OPERATIONS; i++)
+        if (strcmp(name, OPERATIONS[i].name) == 0)
+            return i;
+    return strcmp(name, "all") == 0 ? -1 : -2;
+}
+
 int main(int argc, char **argv) {
-    if (argc != 3)
+    if (argc != 4)
         return 2;
-    uint64_t first = strtoull(argv[1], NULL, 10), count = strtoull(argv[2], NULL, 10), bad = 0;
+    uint64_t first = strtoull(argv[2], NULL, 10), count = strtoull(argv[3], NULL, 10), bad = 0;
+    int operation = operation_named(argv[1]);
+    if (operation < -1)
+        return 2;
     for (uint64_t seed = first; seed < first + count; seed++) {
         int status;
         pid_t child = fork();
         if (child == 0)
-            run_example(seed);
+            run_example(seed, operation);
         if (child < 0 || waitpid(child, &status, 0) != child)
             return 2;
         if (WIFEXITED(status) && WEXITSTATUS(status) == 0)
