@@ -91,6 +91,7 @@ def test_takes_the_ranks_of_a_launcher(tmp_path: Path) -> None:
         (["moe", "--workload", "cold"], "invalid choice: 'cold'"),
         (["moe", "--prepared"], "--prepared is for put, get, put_signal, send,"),
         (["send", "--pin", "--no-pin"], "not allowed with"),
+        (["put", "--vs", "gloo"], "gloo has no put; --vs gloo is for send, bandwidth,"),
         (["all_to_all", "-n", "4", "--vs", "mpi"], "mpirun -n 4 python -m xccl.bench all_to_all --vs mpi"),
     ],
 )

@@ -78,6 +78,8 @@ def test_a_broken_twin_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capfd: p
 def test_what_gloo_cannot_do_is_said(name: str) -> None:
     with pytest.raises(xccl.XcclUsageError, match=rf"gloo has no {name}; --vs gloo is for send, bandwidth, barrier"):
         runner.find(Settings(name, versus="gloo"), 2)
+    with pytest.raises(xccl.XcclUsageError, match="mpi-packed has no send; --vs mpi-packed is for dispatch, combine"):
+        runner.find(Settings("send", versus="mpi-packed"), 2)
 
 
 def test_a_dtype_that_gloo_cannot_sum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

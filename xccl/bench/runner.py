@@ -41,7 +41,7 @@ def _check_versus(operation: Operation, dtype: str, versus: str) -> None:
     twin, library = operation.versus.get(versus), LIBRARIES[versus]
     if twin is None:
         able = ", ".join(each.name for each in OPERATIONS.values() if versus in each.versus)
-        raise XcclUsageError(f"bench: {library.label} has no {operation.name}; --vs {versus} is for {able}")
+        raise XcclUsageError(f"bench: {versus} has no {operation.name}; --vs {versus} is for {able}")
     library.require()
     if dtype not in twin.dtypes:
         raise XcclUsageError(
