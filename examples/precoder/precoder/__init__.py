@@ -1,0 +1,1 @@
+"""Learning the precoder for weighted sum rate, trained in parallel over xccl. After arXiv:2503.04497."""

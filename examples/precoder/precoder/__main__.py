@@ -1,0 +1,3 @@
+from precoder.cli import main
+
+raise SystemExit(main())
