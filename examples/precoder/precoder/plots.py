@@ -1,0 +1,99 @@
+"""The plots of the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Runs = list[dict[str, Any]]
+
+
+def draw(groups: dict[str, Runs], out: Path) -> None:
+    """Draws each plot for which there are runs, as PNG."""
+    mixed = groups.get("mixed-upe-phase")
+    if mixed:
+        _generalisation(mixed, out / "generalisation.png")
+    single = {name: runs for name, runs in groups.items() if name.startswith(("k4-", "k8-"))}
+    if single:
+        _networks(single, out / "networks.png")
+    samples = [runs for name, runs in groups.items() if runs[0]["config"]["users"] == [4]]
+    if len(samples) > 1:
+        _samples(samples, out / "samples.png")
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _ratio(runs: Runs, kind: str, index: int) -> float:
+    return mean(run["cells"][kind][index]["of_best"] for run in runs)
+
+
+def _generalisation(runs: Runs, path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    points: dict[float, dict[int, float]] = {}
+    for kind in ("trained", "users", "snr"):
+        for index, cell in enumerate(runs[0]["cells"][kind]):
+            scenario = cell["scenario"]
+            if scenario["antennas"] == 8:
+                points.setdefault(scenario["snr_db"][0], {})[scenario["users"]] = _ratio(runs, kind, index)
+    for snr, by_users in sorted(points.items()):
+        if len(by_users) > 1:
+            left.plot(*zip(*sorted(by_users.items()), strict=True), "o-", label=f"{snr:.0f} dB")
+    left.axvspan(8.5, 16.5, color="0.92", label="not trained")
+    left.set_xlabel("users K (N = 8)")
+    left.set_ylabel("mean rate / best of 7 WMMSE starts")
+    left.legend()
+    at_8 = sorted((snr, by_users[8]) for snr, by_users in points.items() if 8 in by_users)
+    right.plot(*zip(*at_8, strict=True), "o-", color="C3")
+    for low, high in ((-6, -0.5), (20.5, 26)):
+        right.axvspan(low, high, color="0.92")
+    right.set_xlabel("SNR in dB (K = N = 8)")
+    for axes in (left, right):
+        axes.axhline(1, color="0.6", linewidth=0.8)
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _networks(groups: dict[str, Runs], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8, 4))
+    names = sorted({runs[0]["config"]["network"] for runs in groups.values()})
+    width = 0.38
+    for shift, task in ((-width / 2, "k4"), (width / 2, "k8")):
+        pairs = [(i, groups[f"{task}-{name}"]) for i, name in enumerate(names) if f"{task}-{name}" in groups]
+        heights = [_ratio(runs, "trained", 0) for _, runs in pairs]
+        bars = axes.bar([i + shift for i, _ in pairs], heights, width, label=f"K={task[1:]}")
+        axes.bar_label(bars, fmt="%.3f", fontsize=7)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("mean rate / best of 7 WMMSE starts")
+    axes.set_title("N = 8, 10 dB, each trained for its cell")
+    axes.set_ylim(0.6, 1.05)
+    axes.axhline(1, color="0.6", linewidth=0.8)
+    axes.legend(loc="lower right")
+    _save(figure, path)
+
+
+def _samples(groups: list[Runs], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4))
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for runs in groups:
+        count = runs[0]["config"]["samples"]
+        if count is not None:
+            lines.setdefault(runs[0]["config"]["network"], []).append((count, _ratio(runs, "trained", 0)))
+    for name, line in sorted(lines.items()):
+        axes.plot(*zip(*sorted(line), strict=True), "o-", label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("training samples (K = 4, N = 8, 10 dB)")
+    axes.set_ylabel("mean rate / best of 7 WMMSE starts")
+    axes.axhline(1, color="0.6", linewidth=0.8)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
