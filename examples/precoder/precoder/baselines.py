@@ -1,8 +1,8 @@
 """Networks with less built in, to compare with: Edge-GNN, Model-GNN and a graph transformer.
 
-All three are equivariant to a permutation of the users. None of them is equivariant to rotations of the antennas (the graph
-networks: only to permutations), so they see H itself, not G, and their cost depends on N. The names are those of the
-literature; sizes, features and details are this project's own reading.
+All three are equivariant to a permutation of the users. None of them is equivariant to rotations of the antennas
+(the graph networks: only to permutations), so they see H itself, not G, and their cost depends on N. The names are
+those of the literature; sizes, features and details are this project's own reading.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _edge_features(direction: Tensor, level: Tensor, alpha: Tensor) -> Tensor:
 
 
 class EdgeGNN(AntennaNetwork):
-    """States on the edges between users and antennas, linear parameter sharing: permutations of users and of antennas only."""
+    """States on the edges between users and antennas, linear parameter sharing, permutations of users and antennas."""
 
     def __init__(self, width: int = 64, depth: int = 6) -> None:
         super().__init__()
@@ -77,8 +77,9 @@ class EdgeGNN(AntennaNetwork):
 class ModelGNN(AntennaNetwork):
     """Edge-GNN layers with the step of an iterative pseudo-inverse between them.
 
-    Each layer keeps `channels` complex candidates D [N, K]. X = D and Y = D (H^H D), the two terms of the Newton-Schulz iteration
-    2 D - D H^H D for the pseudo-inverse of H^H, join the edges' state, which says with which complex gains they are added to D.
+    Each layer keeps `channels` complex candidates D [N, K]. X = D and Y = D (H^H D), the two terms of the
+    Newton-Schulz iteration 2 D - D H^H D for the pseudo-inverse of H^H, join the edges' state, which says with which
+    complex gains they are added to D.
     """
 
     def __init__(self, width: int = 48, depth: int = 5, candidates: int = 4) -> None:

@@ -1,8 +1,8 @@
 """Random channels of the multi-user downlink, user weights, and SNR.
 
-One base station with N antennas serves K users with one antenna each. Column k of H [N, K] is the channel of user k; what
-stream j of the precoder V [N, K] does at user i is h_i^H v_j. Everywhere here H is scaled by sqrt(P) / sigma, so that the noise
-has power 1 and the precoder has power 1: the SNR is in the channel.
+One base station with N antennas serves K users with one antenna each. Column k of H [N, K] is the channel of user k;
+what stream j of the precoder V [N, K] does at user i is h_i^H v_j. Everywhere here H is scaled by sqrt(P) / sigma, so
+that the noise has power 1 and the precoder has power 1: the SNR is in the channel.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ WeightLaw = Literal["uniform", "dirichlet", "equal", "mixed"]
 
 @dataclass(frozen=True)
 class Scenario:
-    """What channels are drawn from: sizes, SNR = P / sigma^2 in dB (each sample's own, if a range), weights, correlation.
+    """What channels are drawn from: sizes, SNR = P / sigma^2 in dB (each sample's own, if a range), weights,
+    correlation.
 
-    Weights sum to K: "uniform" are numbers u from U(0, 1), normalised; "dirichlet" are uniform on the simplex; "mixed" are u^t,
-    normalised, with a t from U(0, 2) for each sample, so from equal to very uneven. `correlation` is that of neighbouring
-    antennas, r_mn = correlation^|m - n|; 0 is Rayleigh fading, independent and identical.
+    Weights sum to K: "uniform" are numbers u from U(0, 1), normalised; "dirichlet" are uniform on the simplex;
+    "mixed" are u^t, normalised, with a t from U(0, 2) for each sample, so from equal to very uneven. `correlation`
+    is that of neighbouring antennas, r_mn = correlation^|m - n|; 0 is Rayleigh fading, independent and identical.
     """
 
     users: int
@@ -57,7 +58,9 @@ class Channels(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Channels:
         """The same in float32 or float64 (and the complex type that goes with it)."""
-        return Channels(self.h.to(torch.complex64 if dtype == torch.float32 else torch.complex128), self.alpha.to(dtype))
+        return Channels(
+            self.h.to(torch.complex64 if dtype == torch.float32 else torch.complex128), self.alpha.to(dtype)
+        )
 
 
 def generator(seed: int, stream: int) -> np.random.Generator:
@@ -81,10 +84,7 @@ def _draw_weights(scenario: Scenario, count: int, rng: np.random.Generator) -> n
     shape = (count, scenario.users)
     if scenario.weights == "equal":
         return np.ones(shape)
-    if scenario.weights == "dirichlet":
-        weights = rng.standard_exponential(shape)
-    else:
-        weights = rng.random(shape)
+    weights = rng.standard_exponential(shape) if scenario.weights == "dirichlet" else rng.random(shape)
     if scenario.weights == "mixed":
         weights **= rng.uniform(0, 2, (count, 1))
     return weights * (scenario.users / weights.sum(1, keepdims=True))

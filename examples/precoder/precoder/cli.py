@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(commands: Any) -> None:
     train = commands.add_parser("train", help="train a network", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     train.add_argument("task", nargs="?", choices=TASKS, default="mixed", help="what to train for")
-    train.add_argument("-n", "--ranks", type=int, help="start so many ranks; without it, be a rank of whoever started this")
+    train.add_argument(
+        "-n", "--ranks", type=int, help="start so many ranks; without it, be a rank of whoever started this"
+    )
     train.add_argument("--network", help="which network")
     train.add_argument("--seed", type=int, help="of parameters and channels")
     train.add_argument("--steps", type=int, help="number of steps")
@@ -62,7 +64,7 @@ def _add_report(commands: Any) -> None:
     report = commands.add_parser("report", help="evaluate all finished runs; print the tables, draw the plots")
     report.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     report.add_argument("--out", type=Path, default=Path("results"), help="folder for figures and plots")
-    report.add_argument("--count", type=int, default=1000, help="test channels in each cell")
+    report.add_argument("--count", type=int, default=500, help="test channels in each cell")
     report.set_defaults(main=_report)
 
 

@@ -12,8 +12,9 @@ from precoder.channel import Scenario, WeightLaw
 class TrainConfig:
     """Two runs with equal configurations and numbers of ranks give equal bits.
 
-    `users` cycles step by step: one K in a batch, so nothing is padded. `samples` limits training to so many channels, drawn once; None
-    draws fresh ones every step. The learning rate rises for `warm_up` steps, then falls to `final_rate` of `rate` along a cosine.
+    `users` cycles step by step: one K in a batch, so nothing is padded. `samples` limits training to so many
+    channels, drawn once; None draws fresh ones every step. The learning rate rises for `warm_up` steps, then falls
+    to `final_rate` of `rate` along a cosine.
     """
 
     network: str = "upe-phase"
@@ -23,7 +24,7 @@ class TrainConfig:
     weights: WeightLaw = "mixed"
     samples: int | None = None
     seed: int = 0
-    steps: int = 8000
+    steps: int = 6000
     batch: int = 256
     rate: float = 2e-3
     warm_up: int = 100
@@ -67,10 +68,10 @@ class TrainConfig:
         return [f"{name}: {own!r}, {others!r}" for name, own, others in pairs if own != others]
 
 
-# What `python -m precoder train TASK` trains. Steps are for ten minutes on two cores, with half of the time to spare.
+# What `python -m precoder train TASK` trains. The steps fit into ten minutes of one core, so with room to spare on two.
 TASKS = {
     "mixed": TrainConfig(),
-    "k8": TrainConfig(users=(8,), snr_db=(10.0, 10.0), weights="uniform", steps=5000),
-    "k4": TrainConfig(users=(4,), snr_db=(10.0, 10.0), weights="uniform", steps=5000),
-    "few": TrainConfig(users=(4,), snr_db=(10.0, 10.0), weights="uniform", steps=5000, samples=1000),
+    "k8": TrainConfig(users=(8,), snr_db=(10.0, 10.0), weights="uniform", steps=3000),
+    "k4": TrainConfig(users=(4,), snr_db=(10.0, 10.0), weights="uniform", steps=3000),
+    "few": TrainConfig(users=(4,), snr_db=(10.0, 10.0), weights="uniform", steps=3000, samples=1000),
 }

@@ -1,8 +1,8 @@
 """The layer that all equivariant networks here are made of: K x K edges, equivariant to one permutation of both axes.
 
-Its backward is written by hand. Most of a training step is spent in this layer, and autograd would keep and add several arrays
-of the size of the edges for each of the six terms; here each direction is two matrix products over all edges, one over
-all nodes, and a few passes over the edges.
+Its backward is written by hand. Most of a training step is spent in this layer, and autograd would keep and add
+several arrays of the size of the edges for each of the six terms; here each direction is two matrix products over
+all edges, one over all nodes, and a few passes over the edges.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class _EdgeLinear(torch.autograd.Function):
-    """y_ij = We z_ij + Wt z_ji + r_i + c_j + g + [i=j] d_i, the node terms r, c, d and the graph term g from pools of z."""
+    """y_ij = We z_ij + Wt z_ji + r_i + c_j + g + [i=j] d_i: node terms r, c, d and graph term g from pools of z."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, edge: Tensor, node: Tensor, graph: Tensor, bias: Tensor) -> Tensor:
@@ -62,7 +62,8 @@ class EdgeLayer(nn.Module):
     """Linear map of edges z [B, K, K, fi] to [B, K, K, fo] that commutes with a permutation of the users.
 
     y_ij = We z_ij + Wt z_ji + Wr n_i + Wc n_j + Wg mean(z) + b + [i=j] Wd n_i, with the node's pools
-    n_i = [mean_j z_ij, mean_j z_ji, z_ii]. Means, not sums: the layer is used with numbers of users that it was not trained for.
+    n_i = [mean_j z_ij, mean_j z_ji, z_ii]. Means, not sums: the layer is used with numbers of users that it was not
+    trained for.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:

@@ -88,7 +88,7 @@ def evaluate(network: nn.Module, scenario: Scenario, count: int, cache: Path) ->
 
 
 def cells(config: TrainConfig) -> dict[str, list[Scenario]]:
-    """The cells on which a run is tested, in groups that become the tables. "trained" are those that it was trained for."""
+    """The cells on which a run is tested, in groups that become the tables; "trained" is what it was trained for."""
     if len(config.users) == 1:
         return {"trained": [Scenario(config.users[0], config.antennas, config.snr_db)]}
     return {

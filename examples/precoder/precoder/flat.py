@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 
 def flatten(network: nn.Module, gradients: Tensor) -> nn.Parameter:
-    """Moves the network's parameters into one array and their gradients into `gradients`; returns the former, as a parameter.
+    """Moves the network's parameters into one array and their gradients into `gradients`; returns the former, as a
+    parameter.
 
     `gradients` [number of parameters] may be memory that other ranks read.
     """

@@ -21,7 +21,7 @@ ITERATIONS = (20, 100)
 
 
 def measure() -> dict[str, Any]:
-    """ {"K=4": {"upe-phase": {"us": ..., "mflop": ...}, ..., "wmmse-20": ...}, "K=8": ...}, a sample."""
+    """{"K=4": {"upe-phase": {"us": ..., "mflop": ...}, ..., "wmmse-20": ...}, "K=8": ...}, a sample."""
     settle_process()
     return {f"K={users}": _measure_users(users) for users in (4, 8)}
 
@@ -45,7 +45,7 @@ def _measure_users(users: int) -> dict[str, Any]:
 
 
 def wmmse_mflop(users: int) -> float:
-    """Real operations of one fast iteration in millions: G C (8 K^3), LU (8/3 K^3) and K solutions (8 K^3), in complex numbers."""
+    """Millions of real operations of one fast iteration: G C (8 K^3), the complex LU (8/3 K^3), K solutions (8 K^3)."""
     return (8 + 8 / 3 + 8) * users**3 / 1e6
 
 
@@ -65,4 +65,3 @@ def _interleaved(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
                 call()
                 times[name].append(time.perf_counter() - began)
     return {name: median(values) for name, values in times.items()}
-

@@ -1,8 +1,10 @@
-"""Networks that map (channel, weights) to a precoder, equivariant to a unitary rotation of the antennas and to a permutation of the users.
+"""Networks that map (channel, weights) to a precoder, equivariant to a unitary rotation of the antennas and to a
+permutation of the users.
 
-They work on G = H^H H and give coefficients C of V = H C. A rotation of the antennas does not change G, so this equivariance is
-exact, the cost does not depend on N, and N may be one that was not trained. User phases (h_k to h_k e^{j phi_k}, which turns column k of V
-alike) leave the rate as it is, too; `PhaseLayer` is equivariant to them, `PlainLayer` and `LiteralLayer` are not.
+They work on G = H^H H and give coefficients C of V = H C. A rotation of the antennas does not change G, so this
+equivariance is exact, the cost does not depend on N, and N may be one that was not trained. User phases (h_k to h_k
+e^{j phi_k}, which turns column k of V alike) leave the rate as it is, too; `PhaseLayer` is equivariant to them,
+`PlainLayer` and `LiteralLayer` are not.
 
 Complex K x K matrices are kept as real ones: a pair [2, B, K, K], or stacked as [B, 2K, K] for products.
 Row i is the user whose channel is used, column j the stream.
@@ -199,11 +201,12 @@ class LiteralLayer(GramLayer):
 
 
 def _update(problem: Problem, point: Point, matrices: Tensor, diagonal: Tensor) -> Tensor:
-    """C diag(1 + d) + diag(1 / |h|) A + C M; `matrices` [2, 2, B, K, K] are (A, M), (re, im); d is on the diagonal of `diagonal`."""
+    """C diag(1 + d) + diag(1 / |h|) A + C M.
+
+    `matrices` [2, 2, B, K, K] are (A, M), (re, im); d is on the diagonal of `diagonal` [2, B, K, K].
+    """
     own = diagonal.diagonal(0, 2, 3)
-    factor = torch.cat(
-        [matrices[1, 0] + torch.diag_embed(1 + own[0]), matrices[1, 1] + torch.diag_embed(own[1])], 1
-    )
+    factor = torch.cat([matrices[1, 0] + torch.diag_embed(1 + own[0]), matrices[1, 1] + torch.diag_embed(own[1])], 1)
     added = _stack(matrices[0] * problem.inverse_norm[:, :, None])
     return torch.baddbmm(added, _real_form(_pair(point.c)), factor)
 

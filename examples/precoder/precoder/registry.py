@@ -25,7 +25,10 @@ def names() -> list[str]:
 
 
 def build(name: str, antennas: int) -> nn.Module:
-    """A new network with random parameters. `antennas` matters to the transformer only. Raises ValueError for an unknown name."""
+    """A new network with random parameters; `antennas` matters to the transformer only.
+
+    Raises ValueError for an unknown name.
+    """
     if name not in _BUILDERS:
         raise ValueError(f"a network is one of {', '.join(names())}, got {name!r}")
     return _BUILDERS[name](antennas)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -26,7 +25,6 @@ def report(runs: Path, out: Path, count: int) -> int:
 
     Runs in figures.json of which there is no folder any more stay in the tables.
     """
-    torch.set_flush_denormal(True)
     path = out / FIGURES
     figures: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     folders = sorted(model.parent for model in runs.glob(f"*/{MODEL}"))

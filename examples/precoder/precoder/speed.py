@@ -1,6 +1,7 @@
 """What it costs: steps on 2 ranks against 1, all_reduce against gloo's, inference against WMMSE.
 
-Runs to be compared are interleaved, and each figure is a median with its spread: a machine is rarely as quiet as one thinks.
+Runs to be compared are interleaved, and each figure is a median with its spread: a machine is rarely as quiet as one
+thinks.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ def _gloo(comm: xccl.Communicator, folder: str) -> Callable[[np.ndarray], Any]:
     return lambda array: dist.all_reduce(torch.from_numpy(array))
 
 
-def _time_calls(comm: xccl.Communicator, call: Callable[[np.ndarray], Any], array: np.ndarray, calls: int = 50) -> float:
+def _time_calls(
+    comm: xccl.Communicator, call: Callable[[np.ndarray], Any], array: np.ndarray, calls: int = 50
+) -> float:
     array[:] = 0  # sums of sums would overflow
     for _ in range(5):
         call(array)

@@ -54,21 +54,36 @@ def _of(runs: Runs, group: str, index: int, key: str) -> list[float]:
 
 
 def _single(groups: dict[str, Runs]) -> Table:
-    header = ["trained for", "network", "parameters", "best of 7", "5th percentile", "RZF start", "CPU s a rank", "ranks", "seeds"]
+    header = [
+        "trained for",
+        "network",
+        "parameters",
+        "best of 7",
+        "5th percentile",
+        "RZF start",
+        "CPU s a rank",
+        "ranks",
+        "seeds",
+    ]
     rows = []
-    for name, runs in groups.items():
+    for runs in groups.values():
         config = runs[0]["config"]
         if len(config["users"]) == 1 and config["samples"] is None:
             figures = [spread(_of(runs, "trained", 0, key)) for key in ("of_best", "percentile_5", "of_rzf")]
             cost = [spread([run["cost"]["cpu_s_per_rank"] for run in runs], 0), str(runs[0]["cost"]["ranks"])]
-            row = [f"K={config['users'][0]}, {config['snr_db'][0]:.0f} dB", config["network"], f"{runs[0]['parameters']:,}"]
+            row = [
+                f"K={config['users'][0]}, {config['snr_db'][0]:.0f} dB",
+                config["network"],
+                f"{runs[0]['parameters']:,}",
+            ]
             rows.append([*row, *figures, *cost, str(len(runs))])
     rows.sort(key=lambda row: (row[0], -float(row[3][:6])))
     return Table("One cell, N=8: mean rate as a fraction of WMMSE's", header, rows)
 
 
 def _cell_name(scenario: dict[str, Any]) -> str:
-    name = f"K={scenario['users']}, N={scenario['antennas']}, {scenario['snr_db'][0]:.0f} dB, {scenario['weights']} weights"
+    sizes = f"K={scenario['users']}, N={scenario['antennas']}"
+    name = f"{sizes}, {scenario['snr_db'][0]:.0f} dB, {scenario['weights']} weights"
     return name + (f", correlation {scenario['correlation']}" if scenario["correlation"] else "")
 
 
@@ -102,7 +117,10 @@ def _samples(groups: dict[str, Runs]) -> Table:
         if config["users"] == [4] and len(config["users"]) == 1:
             count = config["samples"]
             rows.append((config["network"], count or 10**9, spread(_of(runs, "trained", 0, "of_best")), len(runs)))
-    text = [[name, f"{n:,}" if n < 10**9 else "fresh every step", ratio, str(seeds)] for name, n, ratio, seeds in sorted(rows)]
+    text = [
+        [name, f"{n:,}" if n < 10**9 else "fresh every step", ratio, str(seeds)]
+        for name, n, ratio, seeds in sorted(rows)
+    ]
     return Table("Training samples, K=4, N=8, 10 dB", ["network", "samples", "best of 7", "seeds"], text)
 
 
@@ -140,7 +158,8 @@ def _targets(groups: dict[str, Runs]) -> Table:
     for target in TARGETS:
         runs = groups.get(target.group, [])
         worst = [
-            min(cell[target.key] for cell in run["cells"][target.kind] if target.chosen(cell["scenario"])) for run in runs
+            min(cell[target.key] for cell in run["cells"][target.kind] if target.chosen(cell["scenario"]))
+            for run in runs
         ]
         if worst:
             met = "yes" if min(worst) >= target.wanted else "no"
@@ -155,7 +174,13 @@ def _inference(out: Path) -> Table | None:
     figures = json.loads(path.read_text())
     small, large = figures["K=4"], figures["K=8"]
     rows = [
-        [name, f"{small[name]['us']:.0f}", f"{large[name]['us']:.0f}", f"{small[name]['mflop']:.2f}", f"{large[name]['mflop']:.2f}"]
+        [
+            name,
+            f"{small[name]['us']:.0f}",
+            f"{large[name]['us']:.0f}",
+            f"{small[name]['mflop']:.2f}",
+            f"{large[name]['mflop']:.2f}",
+        ]
         for name in small
     ]
     title = "Inference a sample: one thread, batch 256, N=8; WMMSE is the fast K x K form in complex128"

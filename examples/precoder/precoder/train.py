@@ -96,7 +96,12 @@ class _Bar:
         self.tenth = max(1, config.steps // 10)
         self.cycle = len(config.users)
         self.began, self.first = time.monotonic(), done
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
         self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console, disable=not self._live())
         name = f"{config.network}, {comm.size} rank{'s' if comm.size > 1 else ''}"
         self.task = self.progress.add_task(name, total=config.steps, completed=done, text="")

@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import xccl
 from precoder.channel import Channels, draw, generator
 from precoder.config import TrainConfig
 from precoder.flat import flatten, parameter_count
-from precoder.registry import build
 from precoder.rate import weighted_sum_rate
+from precoder.registry import build
 
 Reduce = Callable[[np.ndarray], Any]
 
@@ -35,10 +34,11 @@ class Cost:
 
 
 class Trainer:
-    """One rank's share of a training run. Collective: all ranks of `comm` make one with equal `config`, and step together.
+    """One rank's share of a training run. Collective: all ranks of `comm` make one with equal `config`, and step
+    together.
 
-    One seed gives one global batch, whatever the number of ranks; each rank keeps its slice of it. Parameters, optimizer and
-    average are equal, to the bit, on all ranks, because all_reduce gives all ranks the same bits.
+    One seed gives one global batch, whatever the number of ranks; each rank keeps its slice of it. Parameters,
+    optimizer and average are equal, to the bit, on all ranks, because all_reduce gives all ranks the same bits.
     """
 
     def __init__(self, config: TrainConfig, comm: xccl.Communicator, reduce: Reduce | None = None) -> None:
@@ -151,5 +151,3 @@ def _fixed_samples(config: TrainConfig) -> dict[int, Channels] | None:
         users: draw(config.scenario(users), config.samples, generator(config.seed, 2**40 + users))
         for users in sorted(set(config.users))
     }
-
-

@@ -1,7 +1,7 @@
 """WMMSE, the iteration that learned precoders are compared with, in K x K form: V = H C, so that N does not matter.
 
-All in complex128, for a batch of scaled channels (noise 1, power 1; see channel.py). A start matters as much as the number
-of iterations, because the iteration ends in a local optimum: `best_of` takes the best of several.
+All in complex128, for a batch of scaled channels (noise 1, power 1; see channel.py). A start matters as much as the
+number of iterations, because the iteration ends in a local optimum: `best_of` takes the best of several.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ BISECTIONS = 60
 
 
 def start(name: Start, g: Tensor, rng: np.random.Generator | None = None) -> Tensor:
-    """Coefficients C [B, K, K] of a precoder V = H C to start from; g = H^H H. Power 1, for all but "random" equal in all streams.
+    """Coefficients C [B, K, K] of a precoder V = H C to start from; g = H^H H. Power 1, for all but "random" equal
+    in all streams.
 
-    "mrt": matched filter; "zf": zero forcing (needs K <= N); "rzf": with the regularisation K for noise and power 1; "random": Gaussian.
+    "mrt": matched filter; "zf": zero forcing (needs K <= N); "rzf": with the regularisation K for noise and power 1;
+    "random": Gaussian.
     """
     users = g.shape[-1]
     eye = torch.eye(users, dtype=g.dtype).expand_as(g)
@@ -47,9 +49,9 @@ def start(name: Start, g: Tensor, rng: np.random.Generator | None = None) -> Ten
 def iterate(c: Tensor, g: Tensor, alpha: Tensor, iterations: int, method: Method = "exact") -> Tensor:
     """Coefficients after `iterations` steps from c; power 1.
 
-    "exact" finds the multiplier of the power constraint by bisection: the rate never decreases and the power is met at each
-    step. "fast" lets the noise follow the power instead, and scales at the end: one solution of a K x K system a step, the same
-    fixed points, but the path, and so the local optimum, may differ.
+    "exact" finds the multiplier of the power constraint by bisection: the rate never decreases and the power is met
+    at each step. "fast" lets the noise follow the power instead, and scales at the end: one solution of a K x K
+    system a step, the same fixed points, but the path, and so the local optimum, may differ.
     """
     if method not in get_args(Method):
         raise ValueError(f"a method is one of {', '.join(get_args(Method))}, got {method!r}")
@@ -115,7 +117,7 @@ def rate(c: Tensor, g: Tensor, alpha: Tensor) -> Tensor:
 def best_of(
     channels: Channels, starts: int = 7, iterations: int = 300, method: Method = "fast", seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Rates [starts, B] after `iterations` from RZF, MRT and random starts, and the coefficients of the best, [B, K, K]."""
+    """Rates [starts, B] after `iterations` from RZF, MRT and random starts, and the best coefficients, [B, K, K]."""
     g, alpha = gram(channels.h), channels.alpha
     rng = generator(seed, 7)
     names: list[Start] = ["rzf", "mrt", *["random"] * (starts - 2)]  # type: ignore[list-item]

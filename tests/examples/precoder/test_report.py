@@ -1,0 +1,84 @@
+"""Evaluation and report: the figures are those of their definition, and every table and plot is made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from program import command, succeed
+
+torch = pytest.importorskip("torch", reason="the extra xccl[precoder] is not installed")
+pytest.importorskip("rich", reason="the extra xccl[precoder] is not installed")
+pytest.importorskip("matplotlib", reason="the extra xccl[precoder] is not installed")
+
+from precoder import wmmse  # noqa: E402
+from precoder.channel import Channels, Scenario, gram  # noqa: E402
+from precoder.config import TASKS  # noqa: E402
+from precoder.evaluate import cells, channels_of, evaluate, reference  # noqa: E402
+
+
+class ZeroForcing(torch.nn.Module):
+    """A "network" whose rates are known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anything = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def coefficients(self, channels: Channels) -> torch.Tensor:
+        return wmmse.start("zf", gram(channels.h))
+
+    def precoder(self, channels: Channels) -> torch.Tensor:
+        return channels.h @ self.coefficients(channels)
+
+
+def test_figures_of_a_cell(tmp_path: Path) -> None:
+    scenario = Scenario(3, antennas=4)
+    cell = evaluate(ZeroForcing(), scenario, 30, tmp_path)
+    channels = channels_of(scenario, 30)
+    g = gram(channels.h)
+    best = wmmse.best_of(channels)[0].max(0).values.numpy()
+    rates = wmmse.rate(wmmse.start("zf", g), g, channels.alpha).numpy()
+    assert cell["of_best"] == pytest.approx(rates.mean() / best.mean(), rel=1e-12)
+    assert cell["percentile_5"] == pytest.approx(np.percentile(rates / best, 5), rel=1e-12)
+    assert cell["of_best"] < cell["refined_of_best"] <= 1
+    kept = reference(scenario, 30, tmp_path)
+    np.testing.assert_array_equal(kept.best, best)
+    assert (kept.best >= kept.rzf).all()
+
+
+def test_cells_of_the_mixed_task_are_those_of_the_targets() -> None:
+    groups = cells(TASKS["mixed"])
+    assert {s.users for s in groups["trained"]} == {2, 4, 6, 8}
+    assert {s.snr_db[0] for s in groups["trained"]} == {0.0, 10.0, 20.0}
+    unseen = [s for kind, scenarios in groups.items() if kind != "trained" for s in scenarios]
+    assert not set(unseen) & set(groups["trained"])
+
+
+def test_report_makes_tables_and_plots(tmp_path: Path) -> None:
+    runs = ["k4-upe-phase-0", "k4-upe-phase-1", "k4-transformer-0", "few-upe-phase-0"]
+    for run in runs:
+        task, network, seed = run.split("-", 1)[0], run[run.index("-") + 1 : -2], run[-1]
+        arguments = ("--network", network, "--steps", "2", "--batch", "8", "--seed", seed)
+        succeed(command("train", task, *arguments, "--out", tmp_path / "runs" / run))
+    arguments = ("report", "--runs", tmp_path / "runs", "--out", tmp_path / "results", "--count", "20")
+    printed = succeed(command(*arguments))
+    assert "One cell, N=8" in printed
+    text = (tmp_path / "results" / "tables.md").read_text()
+    assert "| K=4, 10 dB | transformer |" in text
+    assert "| 1,000 samples, K=4 | 0.999 |" in text
+    figures = json.loads((tmp_path / "results" / "figures.json").read_text())
+    assert set(figures) == set(runs)
+    for plot in ("networks.png", "samples.png"):
+        assert (tmp_path / "results" / plot).stat().st_size > 1000
+    assert succeed(command(*arguments)) == printed
+
+
+def test_inference_measures_every_network(tmp_path: Path) -> None:
+    succeed(command("speed", "inference", "--out", tmp_path))
+    figures = json.loads((tmp_path / "speed-inference.json").read_text())
+    assert {"upe-phase", "edge-gnn", "wmmse-20"} < set(figures["K=8"])
+    for row in figures["K=8"].values():
+        assert row["us"] > 0
+        assert row["mflop"] > 0
