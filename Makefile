@@ -15,10 +15,16 @@ BUILD_INPUTS := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c) csrc/build_binding
 SOAK_KILLS ?= 100
 SOAK_SEED ?= 0
 
-.PHONY: serve test test-env asan ubsan tsan models mutants soak soak-kill targets performance lint format docs wheel clean
+.PHONY: serve precoder test test-env asan ubsan tsan models mutants soak soak-kill targets performance lint format docs \
+    wheel clean
 
 serve: $(VENV)/.installed-serve
 	$(BIN)/xccl serve --prompt "$(PROMPT)" $(SERVE_ARGS)
+
+# Trains examples/precoder on 2 ranks, and prints how good it is: about a quarter of an hour.
+precoder: $(VENV)/.installed-precoder
+	cd examples/precoder && "$(abspath $(BIN))/python" -m precoder train -n 2
+	cd examples/precoder && "$(abspath $(BIN))/python" -m precoder report
 
 test: test-env
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

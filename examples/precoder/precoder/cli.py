@@ -63,7 +63,7 @@ def _add_train(commands: Any) -> None:
 def _add_report(commands: Any) -> None:
     report = commands.add_parser("report", help="evaluate all finished runs; print the tables, draw the plots")
     report.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
-    report.add_argument("--out", type=Path, default=Path("results"), help="folder for figures and plots")
+    report.add_argument("--out", type=Path, default=Path("runs/report"), help="folder for figures and plots")
     report.add_argument("--count", type=int, default=500, help="test channels in each cell")
     report.set_defaults(main=_report)
 
@@ -71,7 +71,7 @@ def _add_report(commands: Any) -> None:
 def _add_speed(commands: Any) -> None:
     speed = commands.add_parser("speed", help="measure: 2 ranks against 1, all_reduce against gloo, inference")
     speed.add_argument("part", choices=["ranks", "reduce", "inference"], help="what to measure")
-    speed.add_argument("--out", type=Path, default=Path("results"), help="folder for the figures")
+    speed.add_argument("--out", type=Path, default=Path("runs/report"), help="folder for the figures")
     speed.set_defaults(main=_speed)
 
 
