@@ -22,9 +22,10 @@ class Scenario:
     """What channels are drawn from: sizes, SNR = P / sigma^2 in dB (each sample's own, if a range), weights,
     correlation.
 
-    Weights sum to K: "uniform" are numbers u from U(0, 1), normalised; "dirichlet" are uniform on the simplex;
-    "mixed" are u^t, normalised, with a t from U(0, 2) for each sample, so from equal to very uneven. `correlation`
-    is that of neighbouring antennas, r_mn = correlation^|m - n|; 0 is Rayleigh fading, independent and identical.
+    Weights sum to K: "uniform" are numbers u from U(0, 1), normalised; "dirichlet" are uniform on the simplex; "mixed"
+    are u^t, normalised, with each sample's own t: 0, so equal weights, for a third of them, else from U(0, 2).
+    `correlation` is that of neighbouring antennas, r_mn = correlation^|m - n|; 0 is Rayleigh fading, independent and
+    identical.
     """
 
     users: int
@@ -86,7 +87,7 @@ def _draw_weights(scenario: Scenario, count: int, rng: np.random.Generator) -> n
         return np.ones(shape)
     weights = rng.standard_exponential(shape) if scenario.weights == "dirichlet" else rng.random(shape)
     if scenario.weights == "mixed":
-        weights **= rng.uniform(0, 2, (count, 1))
+        weights **= np.maximum(0, rng.uniform(-1, 2, (count, 1)))
     return weights * (scenario.users / weights.sum(1, keepdims=True))
 
 

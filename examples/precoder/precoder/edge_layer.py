@@ -75,4 +75,4 @@ class EdgeLayer(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """[B, K, K, inputs] to [B, K, K, outputs]."""
-        return _EdgeLinear.apply(z, self.edge, self.node, self.graph, self.bias)  # type: ignore[no-any-return]
+        return _EdgeLinear.apply(z, self.edge, self.node, self.graph, self.bias)

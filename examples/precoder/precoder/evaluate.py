@@ -54,7 +54,7 @@ def learned_rates(network: nn.Module, channels: Channels) -> np.ndarray:
     rates = []
     with torch.no_grad():
         for h, alpha in zip(channels.h.split(CHUNK), channels.alpha.split(CHUNK), strict=True):
-            v = network.precoder(Channels(h, alpha).to(precision)).to(torch.complex128)  # type: ignore[operator]
+            v = network.precoder(Channels(h, alpha).to(precision)).to(torch.complex128)
             rates.append(rate_of_precoder(h, v / torch.linalg.matrix_norm(v, keepdim=True), alpha))
     return torch.cat(rates).numpy()
 
@@ -63,7 +63,7 @@ def refined_rates(network: nn.Module, channels: Channels, iterations: int) -> np
     """Rates [count] of WMMSE that starts from the network's precoder. For networks that give coefficients C."""
     precision = next(network.parameters()).dtype
     with torch.no_grad():
-        c = network.coefficients(channels.to(precision)).to(torch.complex128)  # type: ignore[operator]
+        c = network.coefficients(channels.to(precision)).to(torch.complex128)
     g = gram(channels.h)
     return wmmse.rate(wmmse.iterate(c, g, channels.alpha, iterations), g, channels.alpha).numpy()
 

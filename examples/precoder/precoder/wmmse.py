@@ -120,7 +120,7 @@ def best_of(
     """Rates [starts, B] after `iterations` from RZF, MRT and random starts, and the best coefficients, [B, K, K]."""
     g, alpha = gram(channels.h), channels.alpha
     rng = generator(seed, 7)
-    names: list[Start] = ["rzf", "mrt", *["random"] * (starts - 2)]  # type: ignore[list-item]
+    names: list[Start] = ["rzf", "mrt", *["random"] * (starts - 2)]
     ends = torch.stack([iterate(start(name, g, rng), g, alpha, iterations, method) for name in names[:starts]])
     rates = torch.stack([rate(c, g, alpha) for c in ends])
     return rates, ends[rates.argmax(0), torch.arange(len(alpha))]
