@@ -74,7 +74,7 @@ def evaluate(network: nn.Module, scenario: Scenario, count: int, cache: Path) ->
     wanted = reference(scenario, count, cache)
     rates = learned_rates(network, channels)
     cell = {
-        "scenario": asdict(scenario),
+        "scenario": asdict(scenario) | {"snr_db": list(scenario.snr_db)},  # as JSON will have it
         "count": count,
         "rate": float(rates.mean()),
         "of_best": float(rates.mean() / wanted.best.mean()),

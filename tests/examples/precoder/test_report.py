@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="the extra xccl[precoder] is not ins
 pytest.importorskip("rich", reason="the extra xccl[precoder] is not installed")
 pytest.importorskip("matplotlib", reason="the extra xccl[precoder] is not installed")
 
-from precoder import wmmse  # noqa: E402
+from precoder import tables, wmmse  # noqa: E402
 from precoder.channel import Channels, Scenario, gram  # noqa: E402
 from precoder.config import TASKS  # noqa: E402
 from precoder.evaluate import cells, channels_of, evaluate, reference  # noqa: E402
@@ -54,6 +54,21 @@ def test_cells_of_the_mixed_task_are_those_of_the_targets() -> None:
     assert {s.snr_db[0] for s in groups["trained"]} == {0.0, 10.0, 20.0}
     unseen = [s for kind, scenarios in groups.items() if kind != "trained" for s in scenarios]
     assert not set(unseen) & set(groups["trained"])
+
+
+def test_targets_are_looked_up_in_the_cells(tmp_path: Path) -> None:
+    groups = cells(TASKS["mixed"])
+    network = ZeroForcing()
+    some = {kind: [evaluate(network, s, 2, tmp_path) for s in scenarios[-1:]] for kind, scenarios in groups.items()}
+    some["trained"][0]["refined_of_best"] = 0.9985
+    some["weights"] = [{"scenario": {"weights": "equal"}, "of_best": 0.5}]
+    some["users"] = [{"scenario": {"antennas": n}, "of_best": 0.99} for n in (8, 16)]
+    some["snr"] = [{"scenario": {}, "of_best": 1.0}]
+    rows = {row[0]: row[1:] for row in tables.targets({"mixed-upe-phase": [{"cells": some}]}).rows}
+    assert rows["network + 3 WMMSE iterations, K=8, 20 dB"] == ["0.998", "0.9985", "yes"]
+    assert rows["equal weights, K=8: worst cell"] == ["0.993", "0.5000", "no"]
+    assert rows["-5 and 25 dB: worst cell"] == ["0.994", "1.0000", "yes"]
+    assert "K=8, 10 dB" not in rows  # nothing was trained for it
 
 
 def test_report_makes_tables_and_plots(tmp_path: Path) -> None:
