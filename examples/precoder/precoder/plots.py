@@ -48,8 +48,15 @@ def _generalisation(runs: Runs, path: Path) -> None:
     for snr, by_users in sorted(points.items()):
         if len(by_users) > 1:
             left.plot(*zip(*sorted(by_users.items()), strict=True), "o-", label=f"{snr:.0f} dB")
+    wide = [
+        (cell["scenario"]["users"], _ratio(runs, kind, index))
+        for kind in ("antennas", "users")
+        for index, cell in enumerate(runs[0]["cells"][kind])
+        if cell["scenario"]["antennas"] == 16
+    ]
+    left.plot(*zip(*wide, strict=True), "o--", color="C1", label="10 dB, N = 16")
     left.axvspan(8.5, 16.5, color="0.92", label="not trained")
-    left.set_xlabel("users K (N = 8)")
+    left.set_xlabel("users K (N = 8 where not said)")
     left.set_ylabel("mean rate / best of 7 WMMSE starts")
     left.legend()
     at_8 = sorted((snr, by_users[8]) for snr, by_users in points.items() if 8 in by_users)

@@ -43,10 +43,9 @@ def build(groups: dict[str, Runs], out: Path) -> list[Table]:
 
 
 def spread(values: list[float], digits: int = 4) -> str:
-    """Mean over the seeds, and the lowest and highest if there are several."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    """Mean over the seeds, and the lowest and highest if they differ."""
+    low, middle, high = (f"{value:.{digits}f}" for value in (min(values), mean(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def _of(runs: Runs, group: str, index: int, key: str) -> list[float]:
