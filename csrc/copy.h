@@ -18,6 +18,15 @@ void xccl_copy_streaming(void *dst, const void *src, uint64_t bytes);
  * rank's share of the last-level cache, so whoever reads the destination would not find it there anyway. */
 uint64_t xccl_copy_streaming_bytes(int ranks);
 
+/* The faster of both for a buffer of `whole` bytes, of which this may be a part. */
+static inline void xccl_copy_part(void *to, const void *from, uint64_t bytes, uint64_t whole,
+                                  uint64_t streaming_bytes) {
+    if (whole >= streaming_bytes)
+        xccl_copy_streaming(to, from, bytes);
+    else
+        xccl_copy(to, from, bytes);
+}
+
 /* Ticks of a steady clock, to compare durations; a read costs a few nanoseconds. */
 uint64_t xccl_ticks(void);
 

@@ -1,5 +1,6 @@
 #include "gas.h"
 
+#include "copy.h"
 #include "heap.h"
 #include "status.h"
 
@@ -68,13 +69,22 @@ int xccl_gas_ptr(const xccl_comm_t *comm, const void *symmetric, uint64_t bytes,
 
 /* ---- put and get ---- */
 
+/* A rank may put to itself, so the ranges may overlap. */
+static void move(const xccl_world_t *world, void *to, const void *from, uint64_t bytes) {
+    uintptr_t target = (uintptr_t)to, source = (uintptr_t)from;
+    if (target - source < bytes || source - target < bytes)
+        memmove(to, from, bytes);
+    else
+        xccl_copy_part(to, from, bytes, bytes, world->streaming_bytes);
+}
+
 int xccl_gas_put(xccl_comm_t *comm, void *dst, const void *src, uint64_t bytes, int pe) {
     void *remote = NULL;
     int status = xccl_comm_check(comm);
     if (status == XCCL_OK)
         status = resolve(comm, dst, bytes, pe, "put", &remote);
     if (status == XCCL_OK)
-        memmove(remote, src, bytes);
+        move(comm->world, remote, src, bytes);
     return status;
 }
 
@@ -84,7 +94,7 @@ int xccl_gas_get(xccl_comm_t *comm, void *dst, const void *src, uint64_t bytes, 
     if (status == XCCL_OK)
         status = resolve(comm, src, bytes, pe, "get", &remote);
     if (status == XCCL_OK)
-        memmove(dst, remote, bytes);
+        move(comm->world, dst, remote, bytes);
     return status;
 }
 
@@ -137,7 +147,7 @@ int xccl_gas_put_signal(xccl_comm_t *comm, void *dst, const void *src, uint64_t 
         status = check_word(signal, sizeof *signal, "put_signal");
     if (status != XCCL_OK)
         return status;
-    memmove(remote, src, bytes);
+    move(comm->world, remote, src, bytes);
     return apply_signal(comm, word, value, op, pe);
 }
 

@@ -185,7 +185,7 @@ typedef struct xccl_p2p_incoming_t {
 struct xccl_p2p_t {
     xccl_comm_t *comm;
     xccl_world_t *world;
-    uint64_t fields_at; /* metadata block: lines of all sources, then tails of all destinations */
+    uint64_t fields_at; /* metadata block: tails of all destinations, then lines of all sources */
     uint64_t data_at;   /* managed block: ring data of all sources */
     uint64_t acks_at;   /* metadata block: acknowledgement lines */
     xccl_p2p_outgoing_t *outgoing;

@@ -41,7 +41,8 @@ static bool take_offer(xccl_p2p_t *p2p, int source, uint64_t offset, uint64_t ac
     if (xccl_gas_compare_swap_at(p2p->world, rank, xccl_p2p_ack_offset(p2p, ack), offered,
                                  xccl_p2p_ack_word(number, XCCL_P2P_TAKEN)) != offered)
         return false;
-    xccl_copy(receive->buffer, xccl_gas_at(p2p->world, rank, offset), receive->bytes);
+    xccl_copy_part(receive->buffer, xccl_gas_at(p2p->world, rank, offset), receive->bytes, receive->bytes,
+                   p2p->world->streaming_bytes);
     acknowledge(p2p, source, ack, number);
     return true;
 }
@@ -82,7 +83,8 @@ static bool chunk_is_sound(const xccl_p2p_incoming_t *in, const xccl_p2p_field_t
 static void take_chunk(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
     uint64_t chunk = field->body.at.length;
     /* steps 5 and 6: from the own managed area to the app data area */
-    xccl_copy(in->target + in->received, in->ring.data + field->body.at.offset, chunk);
+    xccl_copy_part(in->target + in->received, in->ring.data + field->body.at.offset, chunk, in->bytes,
+                   p2p->world->streaming_bytes);
     /* step 7: the place goes back to the sender */
     xccl_ring_consume(&in->ring, xccl_p2p_hands_back(field));
     in->received += chunk;

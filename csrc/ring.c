@@ -4,8 +4,7 @@
 #include <x86intrin.h>
 #endif
 
-/* Time stamp, taken when all earlier loads are complete. 0 where there is none fine enough. */
-static uint64_t xccl_ticks(void) {
+uint64_t xccl_ring_ticks(void) {
 #if defined(__x86_64__)
     _mm_lfence();
     uint64_t ticks = __rdtsc();
@@ -30,7 +29,6 @@ void xccl_ring_open_producer(xccl_ring_producer_t *ring, xccl_world_t *world, xc
                                    .head = position,
                                    .cached_tail = position,
                                    .limit = shape.data_bytes,
-                                   .far_ticks = 250,
                                    .ends = ends};
 }
 
@@ -57,10 +55,10 @@ static void note_distance(xccl_ring_producer_t *ring, uint64_t ticks) {
 }
 
 void xccl_ring_look(xccl_ring_producer_t *ring) {
-    uint64_t start = xccl_ticks();
+    uint64_t start = xccl_ring_ticks();
     /* acquire (in the load) pairs with the consumer's release of its tail: its reads of what lies below are over */
     uint64_t tail = xccl_gas_load(ring->tail);
-    uint64_t ticks = xccl_ticks() - start;
+    uint64_t ticks = xccl_ring_ticks() - start;
     if (tail == ring->cached_tail)
         return;
     note_distance(ring, ticks); /* the word is new, so its line came from the consumer's core */

@@ -95,6 +95,9 @@ void xccl_ring_open_consumer(xccl_ring_consumer_t *ring, xccl_world_t *world, xc
 
 /* ---- producer ---- */
 
+/* Time stamp, taken when all earlier loads are complete. 0 where there is none fine enough. */
+uint64_t xccl_ring_ticks(void);
+
 /* Reads the tail again. */
 void xccl_ring_look(xccl_ring_producer_t *ring);
 

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "comm.h"
+#include "copy.h"
 #include "heap.h"
 #include "process.h"
 #include "status.h"
@@ -327,6 +328,7 @@ static void bind_views(xccl_world_t *world) {
     world->windows = world->base + world->header->control_bytes;
     world->own = world->rank < 0 ? NULL : world->windows + (uint64_t)world->rank * world->stride;
     world->timeout_ns = world->header->config.timeout_ns;
+    world->streaming_bytes = xccl_copy_streaming_bytes(world->size);
 }
 
 static int claim_rank(xccl_world_t *world) {

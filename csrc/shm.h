@@ -128,6 +128,7 @@ struct xccl_world_t {
     int64_t timeout_ns;        /* default of blocking calls */
     uint64_t opened_sequence;  /* operations begun when the world was open: the next one is the user's first */
     int64_t slow_since;        /* when the current operation's clock started; 0: not yet */
+    uint64_t streaming_bytes;  /* copies from this size on go around the caches, see copy.h */
     xccl_interrupt_fn interrupted;
     xccl_hook_t hooks[XCCL_MAX_HOOKS];
     int num_hooks;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import subprocess
 from collections import deque
 from pathlib import Path
@@ -28,6 +29,8 @@ ffi.cdef("""
     int pair_send(pair_t *pair, const void *rest, const void *data, uint64_t bytes);
     int64_t pair_receive(pair_t *pair, void *rest, void *data);
     void pair_limit(pair_t *pair, uint64_t bytes);
+    void pair_far_ticks(pair_t *pair, uint64_t ticks);
+    int pair_is_far(const pair_t *pair);
     uint64_t pair_head(const pair_t *pair);
     uint64_t pair_tail(const pair_t *pair);
     uint64_t pair_rung(const pair_t *pair, int rank);
@@ -40,7 +43,7 @@ ffi.cdef("""
 @pytest.fixture(scope="session")
 def lib(tmp_path_factory: pytest.TempPathFactory) -> Any:
     library = tmp_path_factory.mktemp("ring") / "ring_harness.so"
-    sources = [TESTS / "c" / "ring_harness.c", CSRC / "ring.c"]
+    sources = [TESTS / "c" / "ring_harness.c", CSRC / "ring.c", CSRC / "copy.c"]
     flags = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread", f"-I{CSRC}"]
     subprocess.run([os.environ.get("CC", "cc"), *flags, *map(str, sources), "-o", str(library)], check=True)
     return ffi.dlopen(str(library))
@@ -226,7 +229,31 @@ def test_should_behave_as_a_bounded_queue(
         assert used <= 4 * quarter
 
 
-def test_should_pass_a_million_messages_between_two_threads(lib: Any) -> None:
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the time of a load is known on x86-64 only")
+def test_should_notice_how_far_the_consumer_is(lib: Any, position: int) -> None:
+    pair = Pair(lib, 4, 256, position)
+
+    def laps(ticks: int) -> list[bool]:
+        lib.pair_far_ticks(pair.pair, ticks)
+        far = []
+        for _ in range(10):
+            while pair.send(b"m"):
+                pass
+            while pair.receive():
+                pass
+            far.append(bool(lib.pair_is_far(pair.pair)))
+        return far
+
+    never, always = 1 << 62, 1
+    assert not any(laps(0))
+    assert not any(laps(never))
+    assert laps(always)[-1]
+    assert not laps(never)[-1]
+
+
+@pytest.mark.parametrize("far_ticks", [0, 1], ids=["near", "far"])
+def test_should_pass_a_million_messages_between_two_threads(lib: Any, far_ticks: int) -> None:
     pair = Pair(lib, 16, 1024, 2**32 - 500_000)
+    lib.pair_far_ticks(pair.pair, far_ticks)
     assert lib.pair_race(pair.pair, 1_000_000) == 0
     assert lib.pair_head(pair.pair) == lib.pair_tail(pair.pair) == 2**32 + 500_000

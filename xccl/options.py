@@ -79,8 +79,13 @@ OPTIONS = (
     ),
     Option("spin", 0, "count", "polls before a waiting rank yields its core; 0 measures whether the core is its own"),
     Option("yields", 0, "count", "yields before a waiting rank sleeps; 0 measures how long waits last"),
-    Option("p2p_slot_size", 64 << 10, "bytes", "payload of one slot of a send/receive ring"),
-    Option("p2p_slots", 8, "count", "slots of a send/receive ring, a power of two"),
+    Option(
+        "p2p_slot_size",
+        64 << 10,
+        "bytes",
+        "largest chunk of a message, and least that a symmetric array is read in place",
+    ),
+    Option("p2p_slots", 0, "count", "chunks that a ring holds, a power of two; 0: twice the L2 cache of a core"),
     Option(
         "simd", "auto", "auto|scalar|avx2|avx512", "vector instructions of dispatch and combine; all give the same bits"
     ),

@@ -3,6 +3,7 @@
 #include <sched.h>
 #include <stdlib.h>
 
+#include "copy.h"
 #include "ring.h"
 
 enum { PRODUCER = 0, CONSUMER = 1 };
@@ -70,7 +71,11 @@ int pair_send(pair_t *pair, const void *rest, const void *data, uint64_t bytes) 
         bool hand_back;
         content.offset = xccl_ring_take_piece(ring, bytes, &hand_back);
         content.hand_back = hand_back;
-        xccl_gas_put_at(&pair->worlds[PRODUCER], CONSUMER, ring->shape.data_at + content.offset, data, bytes);
+        void *piece = xccl_gas_at(&pair->worlds[PRODUCER], CONSUMER, ring->shape.data_at + content.offset);
+        if (xccl_ring_is_far(ring))
+            xccl_copy_streaming(piece, data, bytes);
+        else
+            xccl_copy(piece, data, bytes);
     }
     memcpy(content.rest, rest, sizeof content.rest);
     memcpy(xccl_ring_content(ring), &content, sizeof content);
@@ -92,6 +97,15 @@ int64_t pair_receive(pair_t *pair, void *rest, void *data) {
 
 void pair_limit(pair_t *pair, uint64_t bytes) {
     xccl_ring_limit(&pair->producer, bytes);
+}
+
+/* A tail word that takes so many ticks to read comes from far away. */
+void pair_far_ticks(pair_t *pair, uint64_t ticks) {
+    pair->producer.far_ticks = ticks;
+}
+
+int pair_is_far(const pair_t *pair) {
+    return xccl_ring_is_far(&pair->producer);
 }
 
 uint64_t pair_head(const pair_t *pair) {
