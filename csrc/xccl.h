@@ -90,7 +90,7 @@ typedef struct xccl_config_t {
     uint64_t yields;           /* yields before a waiter sleeps [measured] */
     int64_t timeout_ns;        /* default deadline of a blocking call [300 s] */
     int64_t init_timeout_ns;   /* deadline for all ranks to attach [600 s] */
-    int64_t first_timeout_ns; /* default deadline of a rank's first operation [twice timeout_ns] */
+    int64_t first_timeout_ns;  /* default deadline of a rank's first operation [twice timeout_ns] */
     char session[32];          /* random id of the world, NUL-terminated */
 } xccl_config_t;
 
