@@ -28,7 +28,10 @@ ffi.cdef("""
 def lib(tmp_path_factory: pytest.TempPathFactory) -> Any:
     library = tmp_path_factory.mktemp("copy") / "copy.so"
     flags = ["-std=gnu11", "-O3", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([os.environ.get("CC", "cc"), *flags, str(CSRC / "copy.c"), "-o", str(library)], check=True)
+    subprocess.run(
+        [os.environ.get("CC", "cc"), *flags, str(CSRC / "copy.c"), str(CSRC / "cache.c"), "-o", str(library)],
+        check=True,
+    )
     return ffi.dlopen(str(library))
 
 

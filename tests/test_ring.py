@@ -43,7 +43,7 @@ ffi.cdef("""
 @pytest.fixture(scope="session")
 def lib(tmp_path_factory: pytest.TempPathFactory) -> Any:
     library = tmp_path_factory.mktemp("ring") / "ring_harness.so"
-    sources = [TESTS / "c" / "ring_harness.c", CSRC / "ring.c", CSRC / "copy.c"]
+    sources = [TESTS / "c" / "ring_harness.c", CSRC / "ring.c", CSRC / "copy.c", CSRC / "cache.c"]
     flags = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread", f"-I{CSRC}"]
     subprocess.run([os.environ.get("CC", "cc"), *flags, *map(str, sources), "-o", str(library)], check=True)
     return ffi.dlopen(str(library))
