@@ -108,6 +108,16 @@ int xccl_coll_settle(xccl_comm_t *comm, int status) {
     return status;
 }
 
+int xccl_coll_enter(xccl_comm_t *comm, xccl_race_buffers_t buffers) {
+    return xccl_coll_settle(comm, xccl_race_enter(comm, XCCL_RACE_COLL, comm->coll->epoch, buffers));
+}
+
+int xccl_coll_leave(xccl_comm_t *comm, int status, int pe, xccl_race_buffers_t buffers) {
+    if (xccl_coll_settle(comm, status) < 0)
+        return status;
+    return xccl_race_leave(comm, XCCL_RACE_COLL, comm->coll->epoch, pe, buffers);
+}
+
 int xccl_coll_check_apart(const xccl_comm_t *comm, xccl_op_t op, const void *x, uint64_t x_bytes, const void *out,
                           uint64_t out_bytes) {
     uintptr_t a = (uintptr_t)x, b = (uintptr_t)out;
@@ -151,8 +161,10 @@ static void set_uniform(xccl_coll_t *coll, const void *x, uint64_t out_step, uin
 
 int xccl_coll_barrier(xccl_comm_t *comm, int64_t timeout_ns) {
     TRY(xccl_coll_begin(comm, XCCL_OP_BARRIER, 0, XCCL_BYTES, 0, timeout_ns));
+    const xccl_race_buffers_t none = {0};
+    TRY(xccl_coll_enter(comm, none));
     set_uniform(comm->coll, NULL, 0, 0, NULL);
-    return xccl_coll_settle(comm, exchange(comm->coll));
+    return xccl_coll_leave(comm, exchange(comm->coll), XCCL_RACE_ALL, none);
 }
 
 int xccl_coll_all_gather(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_dtype_t dtype, int64_t timeout_ns,
@@ -160,8 +172,10 @@ int xccl_coll_all_gather(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_
     if (x != (unsigned char *)out + (uint64_t)comm->rank * bytes)
         TRY(xccl_coll_check_apart(comm, XCCL_OP_ALL_GATHER, x, bytes, out, (uint64_t)comm->size * bytes));
     TRY(xccl_coll_begin(comm, XCCL_OP_ALL_GATHER, 0, dtype, 0, timeout_ns));
+    const xccl_race_buffers_t buffers = {x, bytes, out, (uint64_t)comm->size * bytes};
+    TRY(xccl_coll_enter(comm, buffers));
     set_uniform(comm->coll, x, 0, bytes, out);
-    return xccl_coll_settle(comm, exchange(comm->coll));
+    return xccl_coll_leave(comm, exchange(comm->coll), XCCL_RACE_ALL, buffers);
 }
 
 int xccl_coll_all_to_all(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_dtype_t dtype, int64_t timeout_ns,
@@ -169,8 +183,10 @@ int xccl_coll_all_to_all(xccl_comm_t *comm, const void *x, uint64_t bytes, xccl_
     uint64_t total = (uint64_t)comm->size * bytes;
     TRY(xccl_coll_check_apart(comm, XCCL_OP_ALL_TO_ALL, x, total, out, total));
     TRY(xccl_coll_begin(comm, XCCL_OP_ALL_TO_ALL, 0, dtype, 0, timeout_ns));
+    const xccl_race_buffers_t buffers = {x, total, out, total};
+    TRY(xccl_coll_enter(comm, buffers));
     set_uniform(comm->coll, x, bytes, bytes, out);
-    return xccl_coll_settle(comm, exchange(comm->coll));
+    return xccl_coll_leave(comm, exchange(comm->coll), XCCL_RACE_ALL, buffers);
 }
 
 /* ---- broadcast ---- */
@@ -211,11 +227,14 @@ int xccl_coll_broadcast(xccl_comm_t *comm, const void *data, uint64_t bytes, xcc
     if (comm->rank == root && data != out)
         TRY(xccl_coll_check_apart(comm, XCCL_OP_BROADCAST, data, bytes, out, bytes));
     TRY(xccl_coll_begin(comm, XCCL_OP_BROADCAST, 0, dtype, (uint64_t)root, timeout_ns));
-    if (comm->rank != root)
-        return xccl_coll_settle(comm, receive_from(comm->coll, root, bytes, out));
+    const bool is_root = comm->rank == root;
+    const xccl_race_buffers_t buffers = {data, is_root ? bytes : 0, out, is_root && data == out ? 0 : bytes};
+    TRY(xccl_coll_enter(comm, buffers));
+    if (!is_root)
+        return xccl_coll_leave(comm, receive_from(comm->coll, root, bytes, out), root, buffers);
     xccl_coll_choose_result_stores(comm->coll, bytes);
     copy(comm->coll, out, data, bytes);
-    return xccl_coll_settle(comm, send_to_all(comm->coll, data, bytes));
+    return xccl_coll_leave(comm, send_to_all(comm->coll, data, bytes), root, buffers);
 }
 
 /* ---- all_to_all_v ---- */
@@ -282,8 +301,10 @@ int xccl_coll_all_to_all_v(xccl_comm_t *comm, const void *x, const uint64_t *sen
     TRY(xccl_coll_begin(comm, XCCL_OP_ALL_TO_ALL_V, 0, dtype, row_bytes, timeout_ns));
     for (int pe = 0; pe < comm->size; pe++)
         coll->peers[pe].in_bytes = recv_bytes[pe];
+    const xccl_race_buffers_t buffers = {x, sum(send_bytes, comm->size), out, sum(recv_bytes, comm->size)};
+    TRY(xccl_coll_enter(comm, buffers));
     int status = begin_v(coll, x, send_bytes);
-    return xccl_coll_settle(comm, status < 0 ? status : finish_v(coll, out));
+    return xccl_coll_leave(comm, status < 0 ? status : finish_v(coll, out), XCCL_RACE_ALL, buffers);
 }
 
 int xccl_coll_all_to_all_v_begin(xccl_comm_t *comm, const void *x, const uint64_t *send_bytes, uint64_t row_bytes,
@@ -293,6 +314,7 @@ int xccl_coll_all_to_all_v_begin(xccl_comm_t *comm, const void *x, const uint64_
     TRY(xccl_coll_begin(comm, XCCL_OP_ALL_TO_ALL_V, 0, dtype, row_bytes, timeout_ns));
     coll->any_size = true;
     coll->peers[comm->rank].in_bytes = send_bytes[comm->rank];
+    TRY(xccl_coll_enter(comm, (xccl_race_buffers_t){.x = x, .x_bytes = sum(send_bytes, comm->size)}));
     TRY(xccl_coll_settle(comm, begin_v(coll, x, send_bytes)));
     for (int pe = 0; pe < comm->size; pe++)
         recv_bytes[pe] = coll->peers[pe].in_bytes;
@@ -300,13 +322,13 @@ int xccl_coll_all_to_all_v_begin(xccl_comm_t *comm, const void *x, const uint64_
     return XCCL_OK;
 }
 
-static int check_apart_v(const xccl_comm_t *comm, const void *out) {
-    uint64_t sent = 0, received = 0;
+static xccl_race_buffers_t buffers_v(const xccl_comm_t *comm, const void *out) {
+    xccl_race_buffers_t buffers = {.x = comm->coll->x, .out = out};
     for (int pe = 0; pe < comm->size; pe++) {
-        sent += comm->coll->peers[pe].out_bytes;
-        received += comm->coll->peers[pe].in_bytes;
+        buffers.x_bytes += comm->coll->peers[pe].out_bytes;
+        buffers.out_bytes += comm->coll->peers[pe].in_bytes;
     }
-    return xccl_coll_check_apart(comm, XCCL_OP_ALL_TO_ALL_V, comm->coll->x, sent, out, received);
+    return buffers;
 }
 
 int xccl_coll_all_to_all_v_finish(xccl_comm_t *comm, int64_t timeout_ns, void *out) {
@@ -316,6 +338,7 @@ int xccl_coll_all_to_all_v_finish(xccl_comm_t *comm, int64_t timeout_ns, void *o
         return xccl_fail(XCCL_ERR_USAGE, "all_to_all_v_finish on rank %d: nothing was begun", comm->rank);
     coll->unfinished = false;
     coll->deadline = xccl_deadline(comm->world, timeout_ns);
-    int status = check_apart_v(comm, out);
-    return xccl_coll_settle(comm, status < 0 ? status : finish_v(coll, out));
+    const xccl_race_buffers_t buffers = buffers_v(comm, out);
+    int status = xccl_coll_check_apart(comm, XCCL_OP_ALL_TO_ALL_V, buffers.x, buffers.x_bytes, out, buffers.out_bytes);
+    return xccl_coll_leave(comm, status < 0 ? status : finish_v(coll, out), XCCL_RACE_ALL, buffers);
 }

@@ -21,6 +21,7 @@
 
 #include "comm.h"
 #include "gas.h"
+#include "racecheck.h"
 #include "layers.h"
 
 /* Passes an error on. */
@@ -319,6 +320,11 @@ void xccl_coll_take(xccl_coll_t *coll, int pe, int channel);
 
 /* Copies everything that the peers send to peers[].in, sending the own further chunks meanwhile. */
 int xccl_coll_deliver(xccl_coll_t *coll);
+
+/* The race checker's view of the operation that xccl_coll_begin began: what it reads and writes, and that it is over
+ * with `status`, having heard of `pe` (or of all: XCCL_RACE_ALL). Both pass errors on, as xccl_coll_settle. */
+int xccl_coll_enter(xccl_comm_t *comm, xccl_race_buffers_t buffers);
+int xccl_coll_leave(xccl_comm_t *comm, int status, int pe, xccl_race_buffers_t buffers);
 
 /* Address of byte `at` of the message from `pe`; its chunk must be there. */
 const unsigned char *xccl_coll_message_at(const xccl_coll_t *coll, int pe, uint64_t at);

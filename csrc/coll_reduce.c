@@ -117,7 +117,9 @@ int xccl_coll_reduce_scatter(xccl_comm_t *comm, const void *x, uint64_t count, x
     TRY(xccl_coll_check_apart(comm, XCCL_OP_REDUCE_SCATTER, x, (uint64_t)comm->size * bytes, out, bytes));
     TRY(xccl_coll_begin(comm, XCCL_OP_REDUCE_SCATTER, (int)op, dtype, 0, timeout_ns));
     reduction_t r = {comm->coll, dtype, op, itemsize, bytes, x, out, comm->coll->sources};
-    return xccl_coll_settle(comm, reduce_scatter(&r));
+    const xccl_race_buffers_t buffers = {x, (uint64_t)comm->size * bytes, out, bytes};
+    TRY(xccl_coll_enter(comm, buffers));
+    return xccl_coll_leave(comm, reduce_scatter(&r), XCCL_RACE_ALL, buffers);
 }
 
 /* ---- all_reduce: each member reduces a slice of every round, then all collect the slices ---- */
@@ -201,5 +203,7 @@ int xccl_coll_all_reduce(xccl_comm_t *comm, const void *x, uint64_t count, xccl_
         TRY(xccl_coll_check_apart(comm, XCCL_OP_ALL_REDUCE, x, bytes, out, bytes));
     TRY(xccl_coll_begin(comm, XCCL_OP_ALL_REDUCE, (int)op, dtype, 0, timeout_ns));
     reduction_t r = {comm->coll, dtype, op, itemsize, bytes, x, out, comm->coll->sources};
-    return xccl_coll_settle(comm, all_reduce(&r));
+    const xccl_race_buffers_t buffers = {x, bytes, out, bytes};
+    TRY(xccl_coll_enter(comm, buffers));
+    return xccl_coll_leave(comm, all_reduce(&r), XCCL_RACE_ALL, buffers);
 }

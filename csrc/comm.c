@@ -5,6 +5,7 @@
 
 #include "gas.h"
 #include "heap.h"
+#include "racecheck.h"
 #include "status.h"
 
 /* ---- context pages ---- */
@@ -178,6 +179,7 @@ int xccl_comm_sync(xccl_comm_t *comm, int64_t deadline) {
     xccl_world_t *world = comm->world;
     uint64_t epoch = ++comm->sync_epoch;
     xccl_context_page_t *own = xccl_comm_page(comm, world->rank);
+    xccl_race_publish(comm, XCCL_RACE_SYNC, epoch);
     for (int round = 0, distance = 1; distance < comm->size; round++, distance *= 2) {
         int to = comm->ranks[(comm->rank + distance) % comm->size];
         int from = comm->ranks[(comm->rank - distance + comm->size) % comm->size];
@@ -187,6 +189,7 @@ int xccl_comm_sync(xccl_comm_t *comm, int64_t deadline) {
         if (status != XCCL_OK)
             return status;
     }
+    xccl_race_join(comm, XCCL_RACE_SYNC, epoch, XCCL_RACE_ALL);
     return XCCL_OK;
 }
 

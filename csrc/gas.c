@@ -2,6 +2,7 @@
 
 #include "copy.h"
 #include "heap.h"
+#include "racecheck.h"
 #include "status.h"
 
 /* ---- addresses ---- */
@@ -78,11 +79,19 @@ static void move(const xccl_world_t *world, void *to, const void *from, uint64_t
         xccl_copy_part(to, from, bytes, bytes, world->streaming_bytes);
 }
 
+/* Tells the race checker. `put`: XCCL_RACE_PUT if the write is a put. */
+static inline int note_move(xccl_world_t *world, const void *dst, const void *src, uint64_t bytes, int put, int op) {
+    int status = xccl_race_touch(world, src, bytes, XCCL_RACE_READ, op);
+    return status == XCCL_OK ? xccl_race_touch(world, dst, bytes, XCCL_RACE_WRITE | put, op) : status;
+}
+
 int xccl_gas_put(xccl_comm_t *comm, void *dst, const void *src, uint64_t bytes, int pe) {
     void *remote = NULL;
     int status = xccl_comm_check(comm);
     if (status == XCCL_OK)
         status = resolve(comm, dst, bytes, pe, "put", &remote);
+    if (status == XCCL_OK)
+        status = note_move(comm->world, remote, src, bytes, XCCL_RACE_PUT, XCCL_RACE_OP_PUT);
     if (status == XCCL_OK)
         move(comm->world, remote, src, bytes);
     return status;
@@ -93,6 +102,8 @@ int xccl_gas_get(xccl_comm_t *comm, void *dst, const void *src, uint64_t bytes, 
     int status = xccl_comm_check(comm);
     if (status == XCCL_OK)
         status = resolve(comm, src, bytes, pe, "get", &remote);
+    if (status == XCCL_OK)
+        status = note_move(comm->world, dst, remote, bytes, 0, XCCL_RACE_OP_GET);
     if (status == XCCL_OK)
         move(comm->world, dst, remote, bytes);
     return status;
@@ -107,24 +118,29 @@ int xccl_gas_sync(xccl_comm_t *comm, int64_t timeout_ns) {
 }
 
 void xccl_gas_fence(xccl_comm_t *comm) {
-    (void)comm;
+    xccl_race_fence(comm->world);
     /* puts are plain stores of this thread: a release fence keeps them before every later store */
     atomic_thread_fence(memory_order_release);
 }
 
 void xccl_gas_quiet(xccl_comm_t *comm) {
-    (void)comm;
+    xccl_race_quiet(comm->world);
     atomic_thread_fence(memory_order_seq_cst);
 }
 
 /* ---- signals ---- */
 
-static int apply_signal(xccl_comm_t *comm, void *word, uint64_t value, xccl_signal_op_t op, int pe) {
+static int apply_signal(xccl_comm_t *comm, void *word, uint64_t value, xccl_signal_op_t op, int pe, int race_op) {
+    int status = xccl_race_touch(comm->world, word, sizeof value, XCCL_RACE_WRITE | XCCL_RACE_ATOMIC, race_op);
+    if (status != XCCL_OK)
+        return status;
+    xccl_race_word_t *held = xccl_race_hold(comm->world, word);
     /* release pairs with the acquire in wait_until: who sees the signal sees all earlier puts */
     if (op == XCCL_SIGNAL_ADD)
         atomic_fetch_add_explicit((_Atomic uint64_t *)word, value, memory_order_release);
     else
         atomic_store_explicit((_Atomic uint64_t *)word, value, memory_order_release);
+    xccl_race_signalled(comm->world, held, word, comm->ranks[pe], op == XCCL_SIGNAL_ADD);
     xccl_ring(comm->world, comm->ranks[pe]);
     return XCCL_OK;
 }
@@ -147,8 +163,11 @@ int xccl_gas_put_signal(xccl_comm_t *comm, void *dst, const void *src, uint64_t 
         status = check_word(signal, sizeof *signal, "put_signal");
     if (status != XCCL_OK)
         return status;
+    status = note_move(comm->world, remote, src, bytes, XCCL_RACE_PUT, XCCL_RACE_OP_PUT_SIGNAL);
+    if (status != XCCL_OK)
+        return status;
     move(comm->world, remote, src, bytes);
-    return apply_signal(comm, word, value, op, pe);
+    return apply_signal(comm, word, value, op, pe, XCCL_RACE_OP_PUT_SIGNAL);
 }
 
 int xccl_gas_signal_op(xccl_comm_t *comm, uint64_t *signal, uint64_t value, xccl_signal_op_t op, int pe) {
@@ -158,7 +177,7 @@ int xccl_gas_signal_op(xccl_comm_t *comm, uint64_t *signal, uint64_t value, xccl
         status = resolve(comm, signal, sizeof *signal, pe, "signal_op", &word);
     if (status == XCCL_OK)
         status = check_word(signal, sizeof *signal, "signal_op");
-    return status == XCCL_OK ? apply_signal(comm, word, value, op, pe) : status;
+    return status == XCCL_OK ? apply_signal(comm, word, value, op, pe, XCCL_RACE_OP_SIGNAL_OP) : status;
 }
 
 typedef struct comparison_t {
@@ -215,9 +234,11 @@ int xccl_gas_wait_until(xccl_comm_t *comm, uint64_t *signal, xccl_cmp_t cmp, uin
     comparison_t comparison = {.word = word, .cmp = cmp, .value = value};
     xccl_wait_t wait = {.ready = compares, .awaited = comparison_awaited, .arg = &comparison};
     status = xccl_wait(comm->world, &wait, xccl_deadline(comm->world, timeout_ns));
-    if (status == XCCL_OK)
-        *out_seen = comparison.seen;
-    return status;
+    if (status != XCCL_OK)
+        return status;
+    xccl_race_waited(comm->world, word, comparison.seen);
+    *out_seen = comparison.seen;
+    return XCCL_OK;
 }
 
 /* ---- atomics ---- */
@@ -242,6 +263,13 @@ int xccl_gas_wait_until(xccl_comm_t *comm, uint64_t *signal, xccl_cmp_t cmp, uin
 DEFINE_ATOMIC(4, uint32_t)
 DEFINE_ATOMIC(8, uint64_t)
 
+/* Tells the race checker what the atomic operation has seen and written. */
+static void note_update(xccl_world_t *world, xccl_race_word_t *held, const void *word, xccl_atomic_op_t op,
+                        uint64_t value, bool swaps, uint64_t old) {
+    bool wrote = op == XCCL_ATOMIC_FETCH_ADD || op == XCCL_ATOMIC_SWAP || (op == XCCL_ATOMIC_COMPARE_SWAP && swaps);
+    xccl_race_updated(world, held, word, op == XCCL_ATOMIC_FETCH_ADD ? old + value : value, wrote);
+}
+
 int xccl_gas_atomic(xccl_comm_t *comm, void *target, int width, xccl_atomic_op_t op, uint64_t value, uint64_t compare,
                     int pe, uint64_t *out_old) {
     void *word;
@@ -254,7 +282,16 @@ int xccl_gas_atomic(xccl_comm_t *comm, void *target, int width, xccl_atomic_op_t
         status = check_word(target, width, "atomic");
     if (status != XCCL_OK)
         return status;
+    if (op != XCCL_ATOMIC_FETCH)
+        status = xccl_race_touch(comm->world, word, (uint64_t)width, XCCL_RACE_WRITE | XCCL_RACE_ATOMIC,
+                                 XCCL_RACE_OP_ATOMIC);
+    if (status != XCCL_OK)
+        return status;
+    xccl_race_word_t *held = xccl_race_hold(comm->world, word);
     *out_old = width == 4 ? atomic_4(word, op, value, compare) : atomic_8(word, op, value, compare);
+    if (held)
+        note_update(comm->world, held, word, op, value, *out_old == (width == 4 ? (uint32_t)compare : compare),
+                    *out_old);
     if (op != XCCL_ATOMIC_FETCH)
         xccl_ring(comm->world, comm->ranks[pe]);
     return XCCL_OK;

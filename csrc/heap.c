@@ -10,6 +10,7 @@
 
 #include "comm.h"
 #include "gas.h"
+#include "racecheck.h"
 #include "status.h"
 
 static const char *const AREAS[XCCL_AREAS] = {"metadata", "managed data", "app data"};
@@ -158,6 +159,7 @@ int xccl_heap_commit(xccl_world_t *world, uint64_t offset, uint64_t bytes) {
 
 /* Gives pages back; they read as zero when they are reserved again. */
 static void release_pages(xccl_world_t *world, uint64_t offset, uint64_t bytes) {
+    xccl_race_forget(world, offset, bytes);
     /* a file system without holes keeps the pages, so fresh blocks would not be zero: clear them by hand */
     if (fallocate(world->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)file_offset(world, world->rank, offset),
                   (off_t)page_round(bytes)) != 0)
@@ -248,6 +250,8 @@ static int place_block(xccl_comm_t *comm, xccl_area_t area, uint64_t bytes, int 
     int status = insert_block(comm, area, (xccl_block_t){offset, bytes, (uint64_t)comm->context});
     if (status == XCCL_OK && !(flags & XCCL_HEAP_ADDRESS_ONLY)) {
         status = xccl_heap_commit(comm->world, offset, bytes);
+        if (status == XCCL_OK)
+            status = xccl_race_reserve(comm->world, offset, bytes);
         if (status != XCCL_OK) {
             remove_block(comm, area, offset);
             release_pages(comm->world, offset, bytes);

@@ -24,6 +24,7 @@
 #include "comm.h"
 #include "gas.h"
 #include "kernel.h"
+#include "racecheck.h"
 
 enum { XCCL_MOE_PARITIES = 2, XCCL_MOE_POOL_BUFFERS = 2 };
 

@@ -80,6 +80,20 @@ static int check_combine(const xccl_moe_t *moe, const xccl_moe_handle_t *handle,
     return XCCL_OK;
 }
 
+/* Tells the race checker that y is read, and that this member enters the next combine. */
+static int enter_combine(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, const unsigned char *y,
+                         uint64_t row_stride) {
+    bool dense = row_stride == moe->layout.row_bytes;
+    uint64_t piece = dense ? extent_of(moe, handle, row_stride) : moe->layout.row_bytes;
+    int status = XCCL_OK;
+    for (int64_t row = 0; row < (dense ? 1 : handle->num_recv) && status == XCCL_OK; row++)
+        status =
+            xccl_race_touch(moe->comm->world, y + (uint64_t)row * row_stride, piece, XCCL_RACE_READ, XCCL_OP_COMBINE);
+    if (status == XCCL_OK)
+        xccl_race_publish(moe->comm, XCCL_RACE_COMBINE, moe->combine_epoch + 1);
+    return status;
+}
+
 int xccl_moe_combine_send(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void *y, uint64_t row_stride,
                           const float *topk_weights, int64_t timeout_ns) {
     int status = check_combine(moe, handle, row_stride);
@@ -89,6 +103,8 @@ int xccl_moe_combine_send(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void
     xccl_op_begin(comm->world, XCCL_OP_COMBINE);
     published_t published;
     status = stage_combine(moe, handle, y, row_stride, xccl_deadline(comm->world, timeout_ns), &published);
+    if (status == XCCL_OK && !xccl_race_is_off(comm->world))
+        status = enter_combine(moe, handle, y, row_stride);
     if (status != XCCL_OK)
         return status;
     if (topk_weights)
@@ -195,5 +211,7 @@ int xccl_moe_combine_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *out,
         return status;
     moe->combining[parity] = NULL;
     handle->phase = XCCL_MOE_COMBINED;
-    return XCCL_OK;
+    return xccl_race_leave(
+        moe->comm, XCCL_RACE_COMBINE, handle->combine_epoch, XCCL_RACE_ALL,
+        (xccl_race_buffers_t){.out = out, .out_bytes = (uint64_t)handle->num_tokens * moe->layout.row_bytes});
 }

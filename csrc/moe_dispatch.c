@@ -152,6 +152,12 @@ int xccl_moe_dispatch_send(xccl_moe_t *moe, const void *x, int64_t num_tokens, c
         xccl_moe_handle_free(handle);
         return status;
     }
+    status = xccl_race_enter(moe->comm, XCCL_RACE_DISPATCH, epoch,
+                             (xccl_race_buffers_t){.x = x, .x_bytes = (uint64_t)num_tokens * moe->layout.row_bytes});
+    if (status != XCCL_OK) {
+        xccl_moe_handle_free(handle);
+        return status;
+    }
     xccl_moe_keep_weights(moe, handle, topk_weights);
     publish_entries(moe, epoch);
     moe->dispatch_epoch = epoch;

@@ -168,5 +168,6 @@ int xccl_moe_dispatch_pull(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *rec
     xccl_moe_signal_all(moe, moe->layout.dispatch_done[parity], handle->dispatch_epoch);
     moe->dispatching[parity] = NULL;
     handle->phase = XCCL_MOE_RECEIVED;
-    return XCCL_OK;
+    return xccl_race_leave(moe->comm, XCCL_RACE_DISPATCH, handle->dispatch_epoch, XCCL_RACE_ALL,
+                           (xccl_race_buffers_t){.out = recv_x, .out_bytes = (uint64_t)handle->num_recv * row_bytes});
 }

@@ -23,6 +23,10 @@ xccl_request_t *xccl_p2p_new_request(xccl_p2p_t *p2p, bool is_send, int peer, in
     request->buffer = (unsigned char *)buffer;
     request->bytes = bytes;
     request->order = p2p->next_order++;
+    if (!xccl_race_is_off(p2p->world)) {
+        request->checked = p2p->world;
+        request->site = xccl_race_site(p2p->world);
+    }
     return request;
 }
 
@@ -55,6 +59,8 @@ void xccl_p2p_complete(xccl_request_t *request, int status) {
         if (!*text)
             *text = strdup(xccl_error_message());
     }
+    if (request->checked && status == XCCL_OK)
+        request->other = request->p2p->comm->ranks[request->is_send ? request->peer : request->message.source];
     request->p2p = NULL;
     request->done = true;
     request->status = status;
@@ -66,7 +72,11 @@ static int result_of(const xccl_request_t *request, xccl_message_t *out) {
     if (request->status != XCCL_OK)
         return xccl_fail(request->status, "%s", request->text ? request->text : "no memory for the error message");
     *out = request->message;
-    return XCCL_OK;
+    if (!request->checked)
+        return XCCL_OK;
+    const xccl_race_transfer_t transfer = {request->is_send, request->sync,  request->buffer,
+                                           request->bytes,   request->other, request->site};
+    return xccl_race_completed(request->checked, &transfer);
 }
 
 /* ---- progress ---- */

@@ -31,6 +31,7 @@
 #ifndef XCCL_P2P_H
 #define XCCL_P2P_H
 
+#include "racecheck.h"
 #include "ring.h"
 
 enum {
@@ -148,6 +149,9 @@ struct xccl_request_t {
     uint64_t moved;  /* bytes published */
     uint64_t chunks; /* chunks published */
     uint64_t ack, number;
+    xccl_world_t *checked; /* where the race checker is on; NULL elsewhere */
+    int other;             /* for it: world rank of the other side, */
+    uint32_t site;         /* and where the program began the request */
 };
 
 /* A message kept in local memory, or an offer not yet taken. */

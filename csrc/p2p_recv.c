@@ -378,6 +378,26 @@ static int receive_directly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buff
     return receive_at_once(p2p, in, buffer, bytes, tag, out) ? XCCL_OK : XCCL_AGAIN;
 }
 
+/* Also tells the race checker. */
+static int check_recv(const xccl_comm_t *comm, const char *operation, const void *buffer, uint64_t bytes, int source,
+                      int64_t tag) {
+    int status = xccl_p2p_check_args(comm, operation, buffer, bytes, source, tag, true);
+    if (status == XCCL_OK)
+        status = xccl_race_touch(comm->world, buffer, bytes, XCCL_RACE_WRITE, XCCL_OP_RECV);
+    if (status == XCCL_OK)
+        xccl_race_receiving(comm, source);
+    return status;
+}
+
+/* A receive without a request is complete. */
+static int note_received(const xccl_comm_t *comm, const void *buffer, const xccl_message_t *message) {
+    const xccl_race_transfer_t transfer = {.buffer = buffer,
+                                           .bytes = message->bytes,
+                                           .rank = comm->ranks[message->source],
+                                           .site = xccl_race_site(comm->world)};
+    return xccl_race_completed(comm->world, &transfer);
+}
+
 static int start(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, int64_t tag, xccl_request_t **out) {
     xccl_request_t *receive = xccl_p2p_new_request(comm->p2p, false, source, tag, buffer, bytes);
     if (!receive)
@@ -389,7 +409,7 @@ static int start(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, in
 
 int xccl_p2p_recv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, int64_t tag, int64_t timeout_ns,
                   xccl_message_t *out) {
-    int status = xccl_p2p_check_args(comm, "recv", buffer, bytes, source, tag, true);
+    int status = check_recv(comm, "recv", buffer, bytes, source, tag);
     if (status != XCCL_OK)
         return status;
     xccl_op_begin(comm->world, XCCL_OP_RECV);
@@ -400,12 +420,12 @@ int xccl_p2p_recv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, i
     xccl_p2p_incoming_t *in = source == XCCL_ANY_SOURCE ? NULL : &p2p->incoming[source];
     bool direct = in && only_ring_serves(p2p, in);
     if (direct && receive_at_once(p2p, in, buffer, bytes, tag, out))
-        return XCCL_OK;
+        return note_received(comm, buffer, out);
     int64_t deadline = xccl_deadline(comm->world, timeout_ns);
     if (direct) {
         status = receive_directly(p2p, in, buffer, bytes, tag, deadline, out);
         if (status != XCCL_AGAIN)
-            return status;
+            return status == XCCL_OK ? note_received(comm, buffer, out) : status;
     }
     xccl_request_t *receive;
     status = start(comm, buffer, bytes, source, tag, &receive);
@@ -415,7 +435,7 @@ int xccl_p2p_recv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, i
 }
 
 int xccl_p2p_irecv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, int64_t tag, xccl_request_t **out) {
-    int status = xccl_p2p_check_args(comm, "irecv", buffer, bytes, source, tag, true);
+    int status = check_recv(comm, "irecv", buffer, bytes, source, tag);
     if (status != XCCL_OK)
         return status;
     xccl_op_begin(comm->world, XCCL_OP_RECV);

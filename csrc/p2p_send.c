@@ -313,11 +313,16 @@ static int start(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int dest
     return XCCL_OK;
 }
 
+/* Also tells the race checker. */
 static int check_send(const xccl_comm_t *comm, const char *operation, const void *buffer, uint64_t bytes, int dest,
                       int64_t tag, xccl_send_mode_t mode) {
     int status = xccl_p2p_check_args(comm, operation, buffer, bytes, dest, tag, false);
     if (status == XCCL_OK && mode != XCCL_SEND_DEFAULT && mode != XCCL_SEND_SYNC)
         return xccl_fail(XCCL_ERR_USAGE, "rank %d, %s: unknown mode %d", comm->rank, operation, (int)mode);
+    if (status == XCCL_OK)
+        status = xccl_race_touch(comm->world, buffer, bytes, XCCL_RACE_READ, XCCL_OP_SEND);
+    if (status == XCCL_OK)
+        xccl_race_sending(comm->world, comm->ranks[dest]);
     return status;
 }
 

@@ -17,6 +17,7 @@
 #include "copy.h"
 #include "heap.h"
 #include "process.h"
+#include "racecheck.h"
 #include "status.h"
 
 #ifndef MAP_FIXED_NOREPLACE
@@ -24,7 +25,7 @@
 #endif
 
 static const uint64_t MAGIC = 0x6c63637830303031; /* changes with nothing: the ABI number does */
-static const uint32_t ABI = 2;
+static const uint32_t ABI = 3;
 static const uint64_t HUGE_PAGE = 2ull << 20;
 static const uint64_t META_BYTES = 4ull << 30;
 
@@ -108,7 +109,8 @@ static void lay_out(xccl_header_t *header) {
         header->area_bytes[area] = bytes[area];
         offset += bytes[area];
     }
-    header->stride = offset;
+    header->race_offset = offset;
+    header->stride = round_up(offset + xccl_race_window_bytes(&header->config), HUGE_PAGE);
     header->control_bytes = round_up(control_bytes(header->config.size), HUGE_PAGE);
 }
 
@@ -137,7 +139,7 @@ static const char *fault_of(const xccl_config_t *config) {
         return "p2p_slot_bytes";
     if (config->coll_block_bytes == 0 || config->coll_block_bytes > most)
         return "coll_block_bytes";
-    if (config->heap_bytes > UINT64_MAX / 8 / XCCL_MAX_RANKS)
+    if (config->heap_bytes > UINT64_MAX / 16 / XCCL_MAX_RANKS)
         return "heap_bytes";
     return NULL;
 }
@@ -234,6 +236,7 @@ static bool is_laid_out(const xccl_header_t *header) {
         return false;
     lay_out(&right);
     return header->control_bytes == right.control_bytes && header->stride == right.stride &&
+           header->race_offset == right.race_offset &&
            memcmp(header->area_offset, right.area_offset, sizeof right.area_offset) == 0 &&
            memcmp(header->area_bytes, right.area_bytes, sizeof right.area_bytes) == 0;
 }
@@ -354,6 +357,9 @@ static int claim_rank(xccl_world_t *world) {
             return status;
     }
     int status = xccl_heap_commit(world, XCCL_AREAS * table, XCCL_PAGE);
+    if (status != XCCL_OK)
+        return status;
+    status = xccl_race_open(world);
     if (status != XCCL_OK)
         return status;
     xccl_wait_open(world);
@@ -501,6 +507,7 @@ void xccl_shm_detach(xccl_world_t *world) {
 void xccl_shm_unmap(xccl_world_t *world) {
     if (!world)
         return;
+    xccl_race_close(world);
     leave_mapping(world->mapping);
     free(world->header);
     close(world->fd);

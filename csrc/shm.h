@@ -2,7 +2,7 @@
  *
  *   object    = control | window 0 | window 1 | ... | window size-1
  *   control   = header (one page) | abort text | rank table
- *   window    = boot | metadata area | managed data area | app data area       `stride` bytes each
+ *   window    = boot | metadata area | managed data area | app data area | race checker       `stride` bytes each
  *   boot      = heap tables | one page per context (sync lines and agreement slots of a communicator)
  *
  * All references between ranks are offsets into a window, so no rank depends on where another one maps the
@@ -64,6 +64,7 @@ typedef struct xccl_header_t {
     uint64_t stride;
     uint64_t area_offset[XCCL_AREAS]; /* from the start of a window */
     uint64_t area_bytes[XCCL_AREAS];
+    uint64_t race_offset;                     /* of the race checker's area, behind the others */
     _Alignas(64) _Atomic uint64_t base_hint;  /* address of the first mapping, 0: none yet */
     _Alignas(64) _Atomic int32_t abort_state; /* 0, or 1 while the text is written, or 2 */
     _Atomic int32_t abort_rank;               /* who aborted, -1: an observer */
@@ -136,6 +137,7 @@ struct xccl_world_t {
     uint64_t contexts_used[XCCL_MAX_CONTEXTS / 64];
     bool outlives_peers;                   /* the current wait goes on when ranks die */
     uint64_t mourned[XCCL_MAX_RANKS / 64]; /* dead ranks that shrink has dealt with */
+    struct xccl_race_t *race;              /* owned by racecheck.c; NULL: off */
 };
 
 /* Reserves pages of the object; 0 or an errno. Never by writing, as posix_fallocate does where the file system cannot:

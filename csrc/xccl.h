@@ -29,20 +29,21 @@
 
 typedef enum xccl_status_t {
     XCCL_OK = 0,
-    XCCL_AGAIN = 1,           /* not complete yet, nothing changed */
-    XCCL_ERR_USAGE = -1,      /* an argument or the order of calls is wrong */
-    XCCL_ERR_TIMEOUT = -2,    /* the deadline passed; the message names what was awaited */
-    XCCL_ERR_PEER_LOST = -3,  /* a rank that is waited for is dead or has left */
-    XCCL_ERR_ABORTED = -4,    /* a rank raised an error and ended the world */
-    XCCL_ERR_MEMORY = -5,     /* shared memory or address space is used up */
-    XCCL_ERR_SYSTEM = -6,     /* a system call failed */
-    XCCL_ERR_INTERRUPTED = -7 /* the interrupt hook asked to stop waiting (Ctrl-C) */
+    XCCL_AGAIN = 1,            /* not complete yet, nothing changed */
+    XCCL_ERR_USAGE = -1,       /* an argument or the order of calls is wrong */
+    XCCL_ERR_TIMEOUT = -2,     /* the deadline passed; the message names what was awaited */
+    XCCL_ERR_PEER_LOST = -3,   /* a rank that is waited for is dead or has left */
+    XCCL_ERR_ABORTED = -4,     /* a rank raised an error and ended the world */
+    XCCL_ERR_MEMORY = -5,      /* shared memory or address space is used up */
+    XCCL_ERR_SYSTEM = -6,      /* a system call failed */
+    XCCL_ERR_INTERRUPTED = -7, /* the interrupt hook asked to stop waiting (Ctrl-C) */
+    XCCL_ERR_RACE = -8         /* the race checker found two accesses that nothing orders */
 } xccl_status_t;
 
 /* Text of the calling thread's last error; valid until its next failing call. */
 const char *xccl_error_message(void);
 
-/* World rank that this error is about: who aborted. -1: none, or the launcher. */
+/* World rank that this error is about: who aborted, or made the other access of a race. -1: none, or the launcher. */
 int xccl_error_rank(void);
 
 /* ---- element types ------------------------------------------------------------------------------------ */
@@ -92,6 +93,7 @@ typedef struct xccl_config_t {
     int64_t init_timeout_ns;   /* deadline for all ranks to attach [600 s] */
     int64_t first_timeout_ns;  /* default deadline of a rank's first operation [twice timeout_ns] */
     char session[32];          /* random id of the world, NUL-terminated */
+    int32_t racecheck;         /* 1: look for races, see below [0] */
 } xccl_config_t;
 
 /* A rank's state as others see it. */
@@ -319,6 +321,26 @@ void xccl_gas_quiet(xccl_comm_t *comm);
  * COMPARE_SWAP stores `value` if the target equals `compare`. *out_old is the value before. */
 int xccl_gas_atomic(xccl_comm_t *comm, void *target, int width, xccl_atomic_op_t op, uint64_t value, uint64_t compare,
                     int pe, uint64_t *out_old);
+
+/* ---- gas: the race checker ------------------------------------------------------------------------------ */
+
+/* In a world with racecheck = 1, each operation notes what it reads and writes in the app data area, and fails with
+ * RACE if another rank reads or writes the same bytes, one of the two writes, and no signal, atomic, message or
+ * collective orders them. The message names both. Elsewhere the functions here do nothing. */
+
+int xccl_race_is_on(const xccl_world_t *world);
+
+/* Makes a number of this rank for a place in the program, for reports; *out is 0 when there are too many. */
+int xccl_race_add_site(xccl_world_t *world, const char *text, uint32_t *out);
+
+/* The operations that follow are at `site`. */
+void xccl_race_set_site(xccl_world_t *world, uint32_t site);
+
+/* The array that begins at `address` of the own window is described by the text of `site`. */
+void xccl_race_label(xccl_world_t *world, const void *address, uint32_t site);
+
+/* This rank reads or writes [address, address+bytes) of any window by itself, until its next operation. */
+int xccl_race_declare(xccl_comm_t *comm, const void *address, uint64_t bytes, int is_write);
 
 /* ---- p2p: send and receive ------------------------------------------------------------------------------ */
 

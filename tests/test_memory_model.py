@@ -67,6 +67,7 @@ def test_4_visibility_is_transitive_over_signals(comm: xccl.Communicator) -> Non
     for turn in range(1, 50):
         if comm.rank == 0:
             comm.put(a, np.array([turn]), last)
+            comm.quiet()
             comm.signal_op(flag, turn, 1)
             comm.wait_until(flag, ">=", turn)
         else:

@@ -25,6 +25,8 @@ SIGNATURES = {
     "Communicator.array": "obj",
     "Communicator.free": "a",
     "Communicator.ptr": "a pe",
+    "Communicator.local_read": "a",
+    "Communicator.local_write": "a",
     "Communicator.put": "dst src pe",
     "Communicator.get": "dst src pe",
     "Communicator.signal": "n",

@@ -60,6 +60,7 @@ _ERRORS: dict[int, type[errors.XcclError]] = {
     lib.XCCL_ERR_ABORTED: errors.XcclAborted,
     lib.XCCL_ERR_MEMORY: errors.XcclOutOfMemory,
     lib.XCCL_ERR_SYSTEM: errors.XcclSystemError,
+    lib.XCCL_ERR_RACE: errors.XcclRaceError,
 }
 
 _pending_interrupt: list[BaseException] = []

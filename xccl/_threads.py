@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from xccl._binding import check, ffi, lib
+from xccl._binding import ffi, lib
 from xccl._object import SharedObject
 from xccl._world import Observer, World
-from xccl.communicator import Communicator
+from xccl.communicator import Communicator, open_communicator
 from xccl.errors import XcclAborted, XcclTimeout
 
 GRACE_SECONDS = 2.0  # for ranks to end by themselves once the world has ended
@@ -144,6 +144,4 @@ class _Ranks:
 
 def _open(world: World) -> Communicator:
     world.wait_all_attached()
-    out = ffi.new("xccl_comm_t **")
-    check(lib.xccl_comm_open(world._w, out))
-    return Communicator(world, out[0])
+    return open_communicator(world)

@@ -128,6 +128,18 @@ class AddressSpace(CommunicatorBase):
         check(lib.xccl_gas_ptr(self._handle(), address, a.nbytes, pe, out))
         return self._world.array_at(int(ffi.cast("uintptr_t", out[0])), a.shape, a.dtype)
 
+    # ---- the race checker ----
+
+    def local_read(self, a: Array) -> None:
+        """Says that this rank reads the symmetric array `a` (or what `ptr` gave, or a view) by itself, now.
+
+        For the race checker: loads and stores of NumPy are its blind spot. Does nothing without XCCL_RACECHECK=1;
+        with it, raises XcclRaceError if another rank writes the array and nothing orders the two.
+        """
+
+    def local_write(self, a: Array) -> None:
+        """Says that this rank writes `a` by itself, now; otherwise as `local_read`."""
+
     # ---- put, get ----
 
     def put(self, dst: Array, src: Array, pe: int) -> None:

@@ -17,7 +17,7 @@ from xccl._binding import check, lib
 from xccl._object import SharedObject
 from xccl._world import Observer
 from xccl.launcher import check_nranks, describe_exit, launch_environment
-from xccl.options import options_text
+from xccl.options import options_text, rc
 
 ABORT_SECONDS = 0.5  # for ranks that wait in xccl to end by themselves after the world has ended
 TERM_SECONDS = 1.0  # for ranks to end after SIGTERM
@@ -45,6 +45,7 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="a rank that is killed does not end the others, which may go on with comm.shrink()",
     )
+    parser.add_argument("--racecheck", action="store_true", help="raise XcclRaceError for races: XCCL_RACECHECK=1")
     parser.add_argument("--prefix", action="store_true", help='begin each line of output with its rank: "[2] "')
     parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is a Python module, as in python -m")
     parser.add_argument("program", metavar="PROGRAM", help="a Python file (*.py), or any executable")
@@ -55,6 +56,8 @@ def add_parser(subparsers: Any) -> None:
 def main(options: argparse.Namespace) -> int:
     """Runs the ranks; returns the exit code: 0, that of the rank that failed first, 124 on timeout, 130 on Ctrl-C."""
     check_nranks(options.ranks)
+    if options.racecheck:
+        rc.racecheck = "1"
     command = [options.program, *options.arguments]
     if options.module:
         command = [sys.executable, "-m", *command]

@@ -44,6 +44,8 @@ class Communicator(AddressSpace, PointToPoint, Collectives):
         This process's rank in the group, and the number of ranks.
     """
 
+    _prepared_type = Prepared
+
     def __init__(self, world: World, handle: Any, parent: Communicator | None = None) -> None:
         self._world = world
         self._parent = parent  # a group lives no longer than its world
@@ -63,7 +65,7 @@ class Communicator(AddressSpace, PointToPoint, Collectives):
             raise XcclUsageError(f"split: color is a number >= 0 or None, got {color}")
         out = ffi.new("xccl_comm_t **")
         check(lib.xccl_comm_split(self._handle(), -1 if color is None else color, key, timeout_ns(timeout), out))
-        return None if out[0] == ffi.NULL else Communicator(self._world, out[0], self)
+        return None if out[0] == ffi.NULL else type(self)(self._world, out[0], self)
 
     def shrink(self, *, timeout: float | None = None) -> Communicator:
         """Makes a communicator of the members that live, in the old order, after some were lost.
@@ -79,7 +81,7 @@ class Communicator(AddressSpace, PointToPoint, Collectives):
         """
         out = ffi.new("xccl_comm_t **")
         check(lib.xccl_comm_shrink(self._handle(), timeout_ns(timeout), out))
-        survivors = Communicator(self._world, out[0], self._parent)
+        survivors = type(self)(self._world, out[0], self._parent)
         self._discard()
         self._entry.close()
         self._c = None
@@ -98,7 +100,7 @@ class Communicator(AddressSpace, PointToPoint, Collectives):
         if operation not in PREPARABLE:
             raise XcclUsageError(f"prepare: operation is one of {', '.join(PREPARABLE)}, got {operation!r}")
         call = getattr(self, f"_{operation}")(*args, **keywords)
-        return Prepared(self, operation, call, (args, keywords, call[2]))
+        return self._prepared_type(self, operation, call, (args, keywords, call[2]))
 
     def close(self, *, timeout: float | None = None) -> None:
         """Completes pending sends and leaves. Arrays stay readable, but no call works any more. Twice is no error.
@@ -174,9 +176,18 @@ def init(comm: Any = None, *, timeout: float | None = None) -> Communicator:
     finally:
         if place.created is not None:
             place.created.close()
+    atexit.register(_leave, weakref.ref(world))
+    return open_communicator(world)
+
+
+def open_communicator(world: World) -> Communicator:
+    """The communicator of all ranks of a world in which all have attached. Collective."""
     out = ffi.new("xccl_comm_t **")
     check(lib.xccl_comm_open(world._w, out))
-    atexit.register(_leave, weakref.ref(world))
+    if lib.xccl_race_is_on(world._w):
+        from xccl.racecheck import CheckedCommunicator  # a subclass
+
+        return CheckedCommunicator(world, out[0])
     return Communicator(world, out[0])
 
 

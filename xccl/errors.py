@@ -84,6 +84,13 @@ class XcclAborted(XcclError):
         return XcclAborted, (str(self), self.rank, self.traceback_text)
 
 
+class XcclRaceError(XcclError):
+    """Two ranks access the same bytes, one of them writes, and nothing orders the two (see `racecheck` in the options).
+
+    The message names both sides: array, bytes, rank, operation and line; and what would order them.
+    """
+
+
 class XcclOutOfMemory(XcclError, MemoryError):
     """Shared memory or address space is used up. The message tells needed, free, and what to change."""
 
