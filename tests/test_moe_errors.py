@@ -253,7 +253,7 @@ def test_no_memory_is_an_error_and_nothing_is_lost(tmp_path: Path) -> None:
                 os.truncate(never_touched, num_tokens * hidden * 4)
                 x = np.asarray(np.memmap(never_touched, np.float32, "r", shape=(num_tokens, hidden)))
                 with pytest.raises(
-                    xccl.XcclOutOfMemory, match=r"rank 0 needs \d+ bytes of shared memory, \d+ are free"
+                    xccl.XcclOutOfMemory, match=r"rank 0: dispatch needs \d+ bytes of shared memory, \d+ are free"
                 ):
                     ep.dispatch(x, everywhere)
             x = np.full((1, hidden), comm.rank, np.float32)

@@ -40,10 +40,6 @@ def _run(sanitize: ModuleType, program: Path, *arguments: object) -> None:
         pytest.fail(f"exit status {error.returncode}\n{error.stdout}", pytrace=False)
 
 
-def test_the_ring_has_no_race(sanitize: ModuleType, programs: dict[str, Path]) -> None:
-    _run(sanitize, programs["ring_race"], 50_000)
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_no_layer_has_a_race_or_a_bad_access(sanitize: ModuleType, programs: dict[str, Path], ranks: int) -> None:
     _run(sanitize, programs["threads_world"], ranks, 12, ranks)

@@ -55,7 +55,6 @@ def build(sanitizer: str, where: Path) -> dict[str, Path]:
     flags = [*FLAGS, f"-I{CSRC}", *flags_of(sanitizer)]
     core = sorted(CSRC.glob("*.c"))
     sources = {"threads_world": [HERE / "threads_world.c", *core]}
-    sources["ring_race"] = [HERE / "ring_race.c", HERE / "ring_harness.c", CSRC / "ring.c"]
     if "address" in sanitizer:
         sources["fuzz_control"] = [HERE / "fuzz_control.c", *core]
     where.mkdir(parents=True, exist_ok=True)
@@ -136,7 +135,7 @@ def main() -> int:
     root = HERE.parent.parent / "build" / "sanitizers"
     for sanitizer in arguments.sanitizers:
         programs = build(sanitizer, root / sanitizer)
-        jobs: list[tuple[str, list[object]]] = [("ring_race", [arguments.rounds * 5000])]
+        jobs: list[tuple[str, list[object]]] = []
         for ranks in arguments.ranks:
             jobs += [("threads_world", [ranks, arguments.rounds, seed]) for seed in range(arguments.seeds)]
         if "address" in sanitizer and arguments.fuzz:
