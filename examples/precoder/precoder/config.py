@@ -74,6 +74,7 @@ _CELL = TrainConfig(snr_db=(10.0, 10.0), weights="uniform", steps=3000, batch=25
 TASKS = {
     "mixed": TrainConfig(),
     "k8": replace(_CELL, users=(8,)),
+    "k8short": replace(_CELL, users=(8,), steps=600),
     "k4": replace(_CELL, users=(4,)),
     "few": replace(_CELL, users=(4,), samples=1000),
 }

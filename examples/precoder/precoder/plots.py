@@ -19,7 +19,7 @@ def draw(groups: dict[str, Runs], out: Path) -> None:
     mixed = groups.get("mixed-upe-phase")
     if mixed:
         _generalisation(mixed, out / "generalisation.png")
-    single = {name: runs for name, runs in groups.items() if name.startswith(("k4-", "k8-"))}
+    single = {name: runs for name, runs in groups.items() if name.startswith("k8")}
     if single:
         _networks(single, out / "networks.png")
     samples = [runs for name, runs in groups.items() if runs[0]["config"]["users"] == [4]]
@@ -71,20 +71,16 @@ def _generalisation(runs: Runs, path: Path) -> None:
 
 
 def _networks(groups: dict[str, Runs], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4))
-    names = sorted({runs[0]["config"]["network"] for runs in groups.values()})
-    width = 0.38
-    for shift, task in ((-width / 2, "k4"), (width / 2, "k8")):
-        pairs = [(i, groups[f"{task}-{name}"]) for i, name in enumerate(names) if f"{task}-{name}" in groups]
-        heights = [_ratio(runs, "trained", 0) for _, runs in pairs]
-        bars = axes.bar([i + shift for i, _ in pairs], heights, width, label=f"K={task[1:]}")
-        axes.bar_label(bars, fmt="%.3f", fontsize=7)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("mean rate / best of 7 WMMSE starts")
-    axes.set_title("N = 8, 10 dB, each trained for its cell")
-    axes.set_ylim(0.6, 1.05)
-    axes.axhline(1, color="0.6", linewidth=0.8)
-    axes.legend(loc="lower right")
+    bars = sorted(
+        (_ratio(runs, "trained", 0), f"{runs[0]['config']['network']}, {runs[0]['config']['steps']} steps")
+        for runs in groups.values()
+    )
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.4 * len(bars)))
+    drawn = axes.barh([name for _, name in bars], [height for height, _ in bars])
+    axes.bar_label(drawn, fmt="%.4f", fontsize=8, padding=2)
+    axes.set_xlabel("mean rate / best of 7 WMMSE starts (K = N = 8, 10 dB)")
+    axes.set_xlim(0.5, 1.05)
+    axes.axvline(1, color="0.6", linewidth=0.8)
     _save(figure, path)
 
 

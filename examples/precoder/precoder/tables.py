@@ -66,6 +66,7 @@ def _single(groups: dict[str, Runs]) -> Table:
         "5th percentile",
         "RZF start",
         "steps",
+        "rate",
         "CPU s",
         "seeds",
     ]
@@ -74,14 +75,14 @@ def _single(groups: dict[str, Runs]) -> Table:
         config = runs[0]["config"]
         if len(config["users"]) == 1 and config["samples"] is None:
             figures = [spread(_of(runs, "trained", 0, key)) for key in ("of_best", "percentile_5", "of_rzf")]
-            cost = [f"{config['steps']:,}", spread([_cpu_seconds(run) for run in runs], 0)]
+            cost = [f"{config['steps']:,}", f"{config['rate']:g}", spread([_cpu_seconds(run) for run in runs], 0)]
             row = [
                 f"K={config['users'][0]}, {config['snr_db'][0]:.0f} dB",
                 config["network"],
                 f"{runs[0]['parameters']:,}",
             ]
             rows.append([*row, *figures, *cost, str(len(runs))])
-    rows.sort(key=lambda row: (row[0], -float(row[3][:6])))
+    rows.sort(key=lambda row: (row[0], -int(row[6].replace(",", "")), -float(row[3][:6])))
     return Table("One cell, N=8: mean rate as a fraction of WMMSE's", header, rows)
 
 

@@ -72,7 +72,7 @@ def test_targets_are_looked_up_in_the_cells(tmp_path: Path) -> None:
 
 
 def test_report_makes_tables_and_plots(tmp_path: Path) -> None:
-    runs = ["k4-upe-phase-0", "k4-upe-phase-1", "k4-transformer-0", "few-upe-phase-0"]
+    runs = ["k4-upe-phase-0", "k4-upe-phase-1", "k8short-transformer-0", "few-upe-phase-0"]
     for run in runs:
         task, network, seed = run.split("-", 1)[0], run[run.index("-") + 1 : -2], run[-1]
         arguments = ("--network", network, "--steps", "2", "--batch", "8", "--seed", seed)
@@ -81,7 +81,7 @@ def test_report_makes_tables_and_plots(tmp_path: Path) -> None:
     printed = succeed(command(*arguments))
     assert "One cell, N=8" in printed
     text = (tmp_path / "results" / "tables.md").read_text()
-    assert "| K=4, 10 dB | transformer |" in text
+    assert "| K=8, 10 dB | transformer |" in text
     assert "| 1,000 samples, K=4 | 0.999 |" in text
     figures = json.loads((tmp_path / "results" / "figures.json").read_text())
     assert set(figures) == set(runs)
