@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,8 +30,9 @@ def _children() -> set[int]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
-    """Every test leaves shared memory and the process table as they were."""
+    """Every test leaves shared memory, the process table and the processor's arithmetic as they were."""
     objects, children = _shared_objects(), _children()
     yield
     assert _shared_objects() <= objects, "a test left a shared object in /dev/shm"
     assert _children() <= children, "a test left a child process"
+    assert sys.float_info.min / 2 != 0, "a test left denormals switched off: later tests compute other bits"

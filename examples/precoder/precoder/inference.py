@@ -13,16 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from precoder import wmmse
 from precoder.channel import Scenario, draw, generator, gram
 from precoder.registry import build, names
-from precoder.train import settle_process
+from precoder.train import settled_process
 
 BATCH = 256
 ROUNDS = 9
 ITERATIONS = (20, 100)
 
 
+@settled_process()
 def measure() -> dict[str, Any]:
     """{"K=4": {"upe-phase": {"us": ..., "mflop": ...}, ..., "wmmse-20": ...}, "K=8": ...}, a sample."""
-    settle_process()
     return {f"K={users}": _measure_users(users) for users in (4, 8)}
 
 

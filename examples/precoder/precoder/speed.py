@@ -45,18 +45,18 @@ def ranks(out: Path) -> int:
 
 def _time_steps(comm: xccl.Communicator) -> tuple[float, float]:
     """Seconds a step, and the share of them in all_reduce, of this rank."""
-    from precoder.train import settle_process
+    from precoder.train import settled_process
     from precoder.trainer import Cost, Trainer
 
-    settle_process()
-    trainer = Trainer(TASKS["k8"], comm)
-    for _ in range(WARM_UP_STEPS):
-        trainer.step()
-    trainer.cost = Cost()
-    comm.barrier()
-    for _ in range(STEPS):
-        trainer.step()
-    trainer.close()
+    with settled_process():
+        trainer = Trainer(TASKS["k8"], comm)
+        for _ in range(WARM_UP_STEPS):
+            trainer.step()
+        trainer.cost = Cost()
+        comm.barrier()
+        for _ in range(STEPS):
+            trainer.step()
+        trainer.close()
     return trainer.cost.wall_s / STEPS, trainer.cost.reduce_s / trainer.cost.wall_s
 
 
@@ -69,25 +69,25 @@ def reduce(out: Path) -> int:
 
 
 def _compare_reduce(comm: xccl.Communicator, folder: str) -> dict[str, list[float]]:
-    from precoder.train import settle_process
+    from precoder.train import settled_process
     from precoder.trainer import Cost, Trainer
 
-    settle_process()
-    gloo = _gloo(comm, folder)
-    trainer = Trainer(TASKS["k8"], comm)
-    ways = {"xccl": trainer.reduce, "gloo": gloo}
     figures: dict[str, list[float]] = {}
-    for _ in range(ROUNDS):
-        for name, way in ways.items():
-            figures.setdefault(f"{name}_us", []).append(1e6 * _time_calls(comm, way, trainer.shared))
-        for name, way in ways.items():
-            trainer.reduce, trainer.cost = way, Cost()
-            comm.barrier()
-            for _ in range(STEPS):
-                trainer.step()
-            figures.setdefault(f"{name}_share_of_step", []).append(trainer.cost.reduce_s / trainer.cost.wall_s)
-            figures.setdefault(f"{name}_step_ms", []).append(1e3 * trainer.cost.wall_s / STEPS)
-    trainer.close()
+    with settled_process():
+        gloo = _gloo(comm, folder)
+        trainer = Trainer(TASKS["k8"], comm)
+        ways = {"xccl": trainer.reduce, "gloo": gloo}
+        for _ in range(ROUNDS):
+            for name, way in ways.items():
+                figures.setdefault(f"{name}_us", []).append(1e6 * _time_calls(comm, way, trainer.shared))
+            for name, way in ways.items():
+                trainer.reduce, trainer.cost = way, Cost()
+                comm.barrier()
+                for _ in range(STEPS):
+                    trainer.step()
+                figures.setdefault(f"{name}_share_of_step", []).append(trainer.cost.reduce_s / trainer.cost.wall_s)
+                figures.setdefault(f"{name}_step_ms", []).append(1e3 * trainer.cost.wall_s / STEPS)
+        trainer.close()
     return figures
 
 

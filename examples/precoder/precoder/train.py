@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +22,33 @@ from precoder.trainer import Trainer
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def settle_process() -> None:
-    """One BLAS thread a rank; no denormals; memory that a step frees stays mapped for the next one.
+@contextmanager
+def settled_process() -> Iterator[None]:
+    """Inside: one BLAS thread a rank; no denormals; memory that a step frees stays mapped for the next one.
 
     The last saves page faults, a tenth of a step: glibc would hand arrays of megabytes back to the system each time.
+    It stays so afterwards; threads and denormals, which change what others compute in the process, are put back.
     """
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    threads, flushed = torch.get_num_threads(), _denormals_are_flushed()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have no mallopt
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, 1 << 30)
         mallopt(M_MMAP_THRESHOLD, 1 << 25)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(flushed)
 
 
+def _denormals_are_flushed() -> bool:
+    """PyTorch sets this mode of the processor, but does not tell it."""
+    return sys.float_info.min / 2 == 0
+
+
+@settled_process()
 def train(
     comm: xccl.Communicator, config: TrainConfig, out: Path, *, resume: bool = False, every: int = 500
 ) -> dict[str, Any]:
@@ -41,7 +57,6 @@ def train(
     With `resume` it goes on from the checkpoint, to the bit as without the interruption. Returns the cost of the run.
     Raises ValueError if the checkpoint is of another configuration.
     """
-    settle_process()
     trainer = Trainer(config, comm)
     losses: list[float] = []
     if resume:

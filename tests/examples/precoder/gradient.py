@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 from precoder.config import TASKS
-from precoder.train import settle_process
+from precoder.train import settled_process
 from precoder.trainer import Trainer
 
 import xccl
 
-settle_process()
-with xccl.init() as comm:
+with settled_process(), xccl.init() as comm:
     # 10 samples: on 4 ranks the slices are of 2, 3, 2 and 3.
     trainer = Trainer(replace(TASKS["mixed"], precision="float64", batch=10, users=(4,)), comm)
     trainer.compute_gradient(step=3)
