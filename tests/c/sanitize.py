@@ -26,9 +26,9 @@ OPTIONS = {
 }
 
 
-# Operations of fuzz_control.c that stand every damage to their control words, and those that do not yet.
-FUZZED = ("heap", "split", "signal", "send_receive")
-NOT_YET = ("all_to_all", "all_reduce", "all_gather", "broadcast", "all_to_all_v", "moe")
+# Operations of fuzz_control.c.
+FUZZED = ("all_to_all", "all_reduce", "all_gather", "broadcast", "all_to_all_v", "send_receive", "moe")
+FUZZED += ("heap", "split", "shrink", "signal")
 
 
 def flags_of(sanitizer: str) -> list[str]:
