@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,9 +27,8 @@ OPTIONS = {
 }
 
 
-# Operations of fuzz_control.c.
-FUZZED = ("all_to_all", "all_reduce", "all_gather", "broadcast", "all_to_all_v", "send_receive", "moe")
-FUZZED += ("heap", "split", "shrink", "signal")
+# The operations of fuzz_control.c.
+FUZZED = tuple(re.findall(r'\{"(\w+)", use_\w+\}', (HERE / "fuzz_control.c").read_text()))
 
 
 def flags_of(sanitizer: str) -> list[str]:

@@ -11,13 +11,13 @@
  * Who fences: with SLEEPER_MEMBARRIER=1 the waiter calls membarrier, which makes every registered process fence at some
  * moment during the call; with 0 it fences for itself and says FENCE_YOURSELF from the start. With RINGER_MEMBARRIER=1
  * the ringers are registered and leave out their own fence unless they read that word. Both 0 is the classic doorbell,
- * where each side has a fence. With REFUSED_LATER membarrier works until it is refused to the waiter, at any time: from
+ * where each side has a fence. With REFUSED_LATER=1 membarrier works until it is refused to the waiter, at any time: from
  * then on the waiter says FENCE_YOURSELF, and once, for ringers that have left out their fence and looked before it said
  * so, it naps, so long that every store made before the nap is in memory after it.
  *
  * Bounds: VALUES rounds by one ringer of the waited word, and one ring by another process for something else.
  * Mutants (all must fail): NO_WAITER_FENCE, NO_RINGER_FENCE, UNREGISTERED_RINGER, BELL_AFTER_LOOK, BELL_UNCHANGED,
- * WAKE_BEFORE_STORE, NO_NAP (with REFUSED_LATER).
+ * WAKE_BEFORE_STORE, NO_NAP (with REFUSED_LATER=1).
  */
 #ifndef VALUES
 #define VALUES 3
@@ -28,6 +28,9 @@
 #endif
 #ifndef RINGER_MEMBARRIER
 #define RINGER_MEMBARRIER 1
+#endif
+#ifndef REFUSED_LATER
+#define REFUSED_LATER 0
 #endif
 
 /* values of the word SLEEPING */
@@ -165,7 +168,7 @@ proctype waiter() {
         rung = bell;
 #endif
         store(WAITER, SLEEPING, awake | ASLEEP);
-#if defined(REFUSED_LATER)
+#if REFUSED_LATER
         if
         :: awake == 0 -> membarrier()
         :: awake == 0 ->
