@@ -10,10 +10,10 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from xccl._binding import array_address, check, ffi, lib, readable, timeout_ns, writable
+from xccl._binding import array_address, check, ffi, lib, timeout_ns, writable
 from xccl.communicator import Communicator
-from xccl.errors import XcclUsageError
 from xccl.moe_config import BufferBytes, Quant, make_config, row_dtype
+from xccl.moe_group import MoeGroup, start_of
 from xccl.moe_handle import Handle, Hook
 from xccl.row_pool import RowPool
 
@@ -23,13 +23,11 @@ RawRows = tuple[tuple[NDArray[np.int8], NDArray[np.float32]], Handle]  # with de
 
 _INT8 = np.dtype(np.int8)
 _INT64 = np.dtype(np.int64)
-_FLOAT32 = np.dtype(np.float32)
 
-_POINTER, _INT64_POINTER, _FLOAT_POINTER = (ffi.typeof(name) for name in ("void *", "int64_t *", "float *"))
 _INT32S, _FLOATS = ffi.typeof("int32_t[]"), ffi.typeof("float[]")
 
 
-class ExpertParallel:
+class ExpertParallel(MoeGroup):
     """The experts of an MoE layer, spread over the ranks of a communicator (the paper's dispatch and combine, Fig. 7).
 
     Every operation is collective: a rank without tokens takes part with zero. Results depend on the routing only, not
@@ -373,7 +371,7 @@ class ExpertParallel:
             if np.may_share_memory(out, y):
                 raise self._error("combine", "out overlaps y, which the peers read")
         stride = y.strides[0] if y.shape[0] > 1 else y.nbytes
-        check(lib.xccl_moe_combine_send(group, handle._c, _start(y), stride, weights, timeout_ns(timeout)))
+        check(lib.xccl_moe_combine_send(group, handle._c, start_of(y), stride, weights, timeout_ns(timeout)))
         self._in_flight[handle] = y
 
     def _sum(self, handle: Handle, out: Array | None, timeout: float | None) -> Array:
@@ -422,73 +420,6 @@ class ExpertParallel:
             f"<xccl.ExpertParallel {self.num_experts} experts on {self.comm.size} ranks ({state}), "
             f"hidden {self.hidden}, top-{self.num_topk}, {self.dtype}, quant {self.quant}>"
         )
-
-    # ---- checks ----
-
-    def _group(self, operation: str) -> Any:
-        """The C group; raises if it cannot be used any more."""
-        self.comm._handle()
-        if self._c is None:
-            raise self._error(operation, "this ExpertParallel is closed")
-        if self._failure:
-            raise self._error(operation, f"unusable since {self._failure}: make a new one on all ranks")
-        return self._c
-
-    def _fail(self, operation: str, error: BaseException) -> None:
-        """A peer may wait for what this rank did not finish: no later operation can be trusted."""
-        self._failure = f"{operation} failed halfway ({type(error).__name__})"
-
-    def _error(self, operation: str, text: str) -> XcclUsageError:
-        return XcclUsageError(f"{operation} on rank {self.comm.rank}: {text}")
-
-    def _rows(
-        self, operation: str, name: str, a: Array, dtype: np.dtype[Any] | None = None, *, write: bool = False
-    ) -> Any:
-        """Pointer to rows of `hidden` elements."""
-        address = (writable if write else readable)(a, name, f"{operation} on rank {self.comm.rank}")
-        expected = dtype or self.dtype
-        if a.ndim != 2 or a.shape[1] != self.hidden or a.dtype != expected:
-            raise self._error(operation, f"{name} is {_kind(a)}, expected {expected} [rows, {self.hidden}]")
-        return address
-
-    def _slots(self, operation: str, name: str, a: Array, num_tokens: int, dtype: np.dtype[Any]) -> Any:
-        """Pointer to one number for each token and expert slot."""
-        address = readable(a, name, f"{operation} on rank {self.comm.rank}")
-        if a.shape != (num_tokens, self.num_topk) or a.dtype != dtype:
-            expected = f"{dtype} [{num_tokens}, {self.num_topk}]"
-            raise self._error(operation, f"{name} is {_kind(a)}, expected {expected} [num_tokens, num_topk]")
-        return ffi.cast(_INT64_POINTER if dtype == _INT64 else _FLOAT_POINTER, address)
-
-    def _weights(self, operation: str, a: Array | None, num_tokens: int) -> Any:
-        if a is None:
-            return ffi.NULL
-        return self._slots(operation, "topk_weights", a, num_tokens, _FLOAT32)
-
-    def _outputs(self, y: Array, num_recv: int) -> None:
-        """y may have distant rows, but each must be contiguous."""
-        if not isinstance(y, np.ndarray):
-            raise self._error("combine", f"y must be a NumPy array, got {type(y).__name__}")
-        if y.shape != (num_recv, self.hidden) or y.dtype != self.dtype:
-            raise self._error("combine", f"y is {_kind(y)}, expected {self.dtype} [{num_recv}, {self.hidden}]")
-        contiguous = y.strides[1] == y.itemsize or self.hidden == 1
-        ascending = y.strides[0] >= self.hidden * y.itemsize or num_recv == 1
-        if num_recv > 0 and not (contiguous and ascending):
-            raise self._error(
-                "combine",
-                f"rows of y must be contiguous and ascending, got strides {y.strides}: pass "
-                "numpy.ascontiguousarray(...) of it (nothing is copied silently)",
-            )
-
-
-def _start(y: Array) -> Any:
-    """Pointer to the first row, also where rows are apart."""
-    if y.flags.c_contiguous:
-        return readable(y, "y", "combine")
-    return ffi.cast(_POINTER, array_address(y))
-
-
-def _kind(a: Array) -> str:
-    return f"{a.dtype} {list(a.shape)}"
 
 
 def _left(timeout: float | None, started: float) -> float | None:
