@@ -168,8 +168,11 @@ static void sum_token(xccl_moe_t *moe, const xccl_moe_handle_t *handle, int64_t 
             moe->terms[num_terms] = term_of(moe, handle, slot);
             moe->term_weights[num_terms++] = handle->weighted ? handle->weights[slot] : 1.0f;
         }
-    moe->kernel->weighted_sum(moe->config.dtype, out, moe->terms, handle->weighted ? moe->term_weights : NULL,
-                              num_terms, (size_t)moe->config.hidden);
+    bool weighted = handle->weighted;
+    if (handle->num_missing && handle->on_missing == XCCL_MISSING_RENORMALIZE)
+        weighted |= xccl_moe_renormalize(handle, token, moe->term_weights, num_terms);
+    moe->kernel->weighted_sum(moe->config.dtype, out, moe->terms, weighted ? moe->term_weights : NULL, num_terms,
+                              (size_t)moe->config.hidden);
 }
 
 static int sum_all(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *out, int64_t deadline) {
@@ -211,7 +214,9 @@ int xccl_moe_combine_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *out,
         return status;
     moe->combining[parity] = NULL;
     handle->phase = XCCL_MOE_COMBINED;
-    return xccl_race_leave(
+    status = xccl_race_leave(
         moe->comm, XCCL_RACE_COMBINE, handle->combine_epoch, XCCL_RACE_ALL,
         (xccl_race_buffers_t){.out = out, .out_bytes = (uint64_t)handle->num_tokens * moe->layout.row_bytes});
+    /* only now: the peers have all that they wait for */
+    return status == XCCL_OK && handle->num_missing ? xccl_moe_judge(moe, handle) : status;
 }

@@ -186,8 +186,8 @@ enum { NUM_OPERATIONS = sizeof OPERATIONS / sizeof *OPERATIONS };
 
 static void open_rank(rank_t *r) {
     static const int32_t owner[EXPERTS] = {0, 1, 2, 0, 1};
-    const xccl_moe_config_t config = {EXPERTS,      HIDDEN,          TOPK,          MOST_TOKENS,
-                                      XCCL_FLOAT32, XCCL_QUANT_NONE, XCCL_SIMD_AUTO};
+    const xccl_moe_config_t config = {EXPERTS,      HIDDEN,          TOPK,           MOST_TOKENS,
+                                      XCCL_FLOAT32, XCCL_QUANT_NONE, XCCL_SIMD_AUTO, XCCL_MISSING_RAISE};
     uint64_t offset, bytes = (uint64_t)RANKS * MOST_COUNT * 8;
     r->scratch = calloc(1, bytes);
     r->out = malloc(bytes);
