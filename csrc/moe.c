@@ -215,9 +215,11 @@ static int allocate_tables(xccl_moe_t *moe) {
     moe->outputs = malloc(size * sizeof *moe->outputs);
     moe->terms = malloc(num_topk * sizeof *moe->terms);
     moe->term_weights = malloc(num_topk * sizeof *moe->term_weights);
+    for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++)
+        moe->arrived[parity].first = calloc(size + 1, sizeof *moe->arrived[parity].first);
     if (!moe->owner || !moe->route || !moe->alive || !moe->local_index || !moe->num_experts_of || !moe->dest ||
         !moe->expert_count || !moe->quantized || !moe->cursor || !moe->places || !moe->outputs || !moe->terms ||
-        !moe->term_weights)
+        !moe->term_weights || !moe->arrived[0].first || !moe->arrived[1].first)
         return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for the tables of %zu experts", moe->comm->rank,
                          num_experts);
     return XCCL_OK;
@@ -237,6 +239,10 @@ static void free_tables(xccl_moe_t *moe) {
     free(moe->outputs);
     free((void *)moe->terms);
     free(moe->term_weights);
+    for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++) {
+        free(moe->arrived[parity].first);
+        free(moe->arrived[parity].entries);
+    }
 }
 
 /* Numbers each owner's experts in their order. All owners are alive. */

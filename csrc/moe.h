@@ -74,10 +74,18 @@ typedef struct xccl_moe_dest_t {
     xccl_moe_entry_t *next; /* where the next one goes */
 } xccl_moe_dest_t;
 
+/* The entries that came with a dispatch, copied and checked before anything depends on them. */
+typedef struct xccl_moe_arrived_t {
+    uint64_t *first; /* [R + 1] where those of each source begin */
+    xccl_moe_entry_t *entries;
+    uint64_t room; /* entries that there is memory for */
+} xccl_moe_arrived_t;
+
 /* Where combine finds the outputs of one member. */
 typedef struct xccl_moe_outputs_t {
     const unsigned char *y;
     uint64_t row_stride;
+    uint64_t num_rows;         /* that lie in its window: no more can be read */
     const uint64_t *row_start; /* first of this rank's rows for each of the member's experts */
 } xccl_moe_outputs_t;
 
@@ -131,6 +139,8 @@ struct xccl_moe_t {
     bool *alive;              /* [R] what xccl_moe_set_alive agreed on */
     int32_t *local_index;     /* [num_experts] index among its owner's experts */
     uint64_t *num_experts_of; /* [R] */
+
+    xccl_moe_arrived_t arrived[XCCL_MOE_PARITIES]; /* of the dispatches that are being received */
 
     xccl_moe_dest_t *dest;       /* [R] scratch of the send half */
     uint32_t *expert_count;      /* [num_experts] scratch of the send half */
