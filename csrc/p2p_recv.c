@@ -2,6 +2,7 @@
 
 #include <stdlib.h>
 
+#include "cma.h"
 #include "copy.h"
 #include "status.h"
 
@@ -31,26 +32,41 @@ bool xccl_p2p_offer_lives(const xccl_p2p_t *p2p, int source, uint64_t ack, uint6
     return xccl_gas_load(word) == xccl_p2p_ack_word(number, XCCL_P2P_OFFERED);
 }
 
-/* Copies once, straight from the sender's window. False: the sender has withdrawn the offer. */
-static bool take_offer(xccl_p2p_t *p2p, int source, uint64_t offset, uint64_t ack, uint64_t number,
-                       xccl_request_t *receive) {
-    int rank = p2p->comm->ranks[source];
-    uint64_t offered = xccl_p2p_ack_word(number, XCCL_P2P_OFFERED);
-    /* From TAKEN on the sender leaves the buffer alone until it is acknowledged (bug classes 7, 11). The swap also
-     * orders the copy after the sender's stores to the buffer. */
-    if (xccl_gas_compare_swap_at(p2p->world, rank, xccl_p2p_ack_offset(p2p, ack), offered,
-                                 xccl_p2p_ack_word(number, XCCL_P2P_TAKEN)) != offered)
-        return false;
-    xccl_copy_part(receive->buffer, xccl_gas_at(p2p->world, rank, offset), receive->bytes, receive->bytes,
-                   p2p->world->streaming_bytes);
-    acknowledge(p2p, source, ack, number);
-    return true;
+static int copy_by_cma(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, uint64_t address, const xccl_request_t *receive) {
+    uint64_t start = xccl_ticks();
+    int status = xccl_cma_read(p2p->world, p2p->comm->ranks[in->source], receive->buffer, address, receive->bytes);
+    if (status == XCCL_OK)
+        xccl_p2p_note_cost(p2p, in, receive->bytes, xccl_ticks() - start, true);
+    return status;
 }
 
+int xccl_p2p_take_offer(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_unexpected_t *message,
+                        const xccl_request_t *receive) {
+    int rank = p2p->comm->ranks[in->source];
+    uint64_t offered = xccl_p2p_ack_word(message->number, XCCL_P2P_OFFERED);
+    /* From TAKEN on the sender leaves the buffer alone until it is acknowledged (bug classes 7, 11). The swap also
+     * orders the copy after the sender's stores to the buffer. */
+    if (xccl_gas_compare_swap_at(p2p->world, rank, xccl_p2p_ack_offset(p2p, message->ack), offered,
+                                 xccl_p2p_ack_word(message->number, XCCL_P2P_TAKEN)) != offered)
+        return XCCL_AGAIN;
+    if (message->kind == XCCL_P2P_CMA_OFFER) {
+        int status = copy_by_cma(p2p, in, message->offset, receive);
+        if (status != XCCL_OK)
+            return status;
+    } else {
+        xccl_copy_part(receive->buffer, xccl_gas_at(p2p->world, rank, message->offset), receive->bytes, receive->bytes,
+                       p2p->world->streaming_bytes);
+    }
+    acknowledge(p2p, in->source, message->ack, message->number);
+    return XCCL_OK;
+}
+
+/* The kernel checks the address of what lies in the sender's process. */
 static bool offer_is_sound(const xccl_p2p_t *p2p, const xccl_p2p_field_t *field) {
     uint64_t stride = p2p->world->stride, bytes = xccl_p2p_bytes_of(field);
-    return bytes <= stride && field->body.at.offset <= stride - bytes && field->body.at.ack > 0 &&
-           field->body.at.ack <= XCCL_P2P_MAX_ACKS;
+    bool lies_right =
+        xccl_p2p_kind_of(field) == XCCL_P2P_CMA_OFFER || (bytes <= stride && field->body.at.offset <= stride - bytes);
+    return lies_right && field->body.at.ack > 0 && field->body.at.ack <= XCCL_P2P_MAX_ACKS;
 }
 
 /* ---- messages in chunks ---- */
@@ -69,6 +85,7 @@ static void begin_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_
     in->received = 0;
     in->ack = field->body.at.ack;
     in->number = field->body.at.number;
+    in->began = xccl_ticks();
     p2p->num_assembling++;
 }
 
@@ -92,6 +109,7 @@ static void take_chunk(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_
         return;
     xccl_request_t *receive = in->request;
     int64_t tag = in->tag;
+    xccl_p2p_note_cost(p2p, in, in->bytes, xccl_ticks() - in->began, false);
     end_assembly(p2p, in);
     if (!receive)
         return; /* kept: acknowledged when it is received */
@@ -127,34 +145,44 @@ static int continue_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xcc
 
 /* ---- new messages ---- */
 
-static void deliver(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field, xccl_request_t *receive) {
+static int deliver(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field, xccl_request_t *receive) {
     xccl_p2p_field_t copy = *field;
+    int status = XCCL_OK;
     switch (xccl_p2p_kind_of(field)) {
     case XCCL_P2P_INLINE:
         xccl_p2p_copy_inline(receive->buffer, field->body.payload, receive->bytes);
         xccl_ring_consume(&in->ring, false);
         xccl_p2p_unpost(receive);
         complete_receive(receive, in->source, copy.event_id, receive->bytes);
-        return;
+        return XCCL_OK;
     case XCCL_P2P_OFFER:
+    case XCCL_P2P_CMA_OFFER:
         xccl_ring_consume(&in->ring, false);
-        if (!take_offer(p2p, in->source, copy.body.at.offset, copy.body.at.ack, copy.body.at.number, receive))
-            return;
+        status = xccl_p2p_take_offer(p2p, in,
+                                     &(xccl_unexpected_t){.kind = xccl_p2p_kind_of(&copy),
+                                                          .offset = copy.body.at.offset,
+                                                          .ack = copy.body.at.ack,
+                                                          .number = copy.body.at.number},
+                                     receive);
+        if (status != XCCL_OK)
+            return status < 0 ? status : XCCL_OK;
         xccl_p2p_unpost(receive);
         complete_receive(receive, in->source, copy.event_id, receive->bytes);
-        return;
+        return XCCL_OK;
     default:
         xccl_p2p_unpost(receive);
         begin_assembly(p2p, in, field);
         in->request = receive;
         in->target = receive->buffer;
         take_chunk(p2p, in, field);
+        return XCCL_OK;
     }
 }
 
 /* Moves the message to the unexpected queue. */
 static int keep(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
-    bool is_offer = xccl_p2p_kind_of(field) == XCCL_P2P_OFFER;
+    xccl_p2p_kind_t kind = xccl_p2p_kind_of(field);
+    bool is_offer = xccl_p2p_is_offer(kind);
     uint64_t bytes = xccl_p2p_bytes_of(field);
     xccl_unexpected_t *message = xccl_p2p_keep(in, field->event_id, bytes, is_offer ? 0 : bytes);
     if (!message)
@@ -163,12 +191,12 @@ static int keep(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t
             "rank %d: no memory to set aside a message of %llu bytes from rank %d with tag %lld, which nobody "
             "has asked for yet; it stays queued",
             p2p->comm->rank, (unsigned long long)bytes, in->source, (long long)field->event_id);
-    if (xccl_p2p_kind_of(field) == XCCL_P2P_INLINE) {
+    message->kind = kind;
+    if (kind == XCCL_P2P_INLINE) {
         memcpy(message->data, field->body.payload, bytes);
         xccl_ring_consume(&in->ring, false);
         return XCCL_OK;
     }
-    message->is_offer = is_offer;
     message->offset = field->body.at.offset;
     message->ack = field->body.at.ack;
     message->number = field->body.at.number;
@@ -192,6 +220,7 @@ static int check_field(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, con
             return corrupt(p2p, in, "a chunk outside the data area");
         return field->body.at.ack <= XCCL_P2P_MAX_ACKS ? XCCL_OK : corrupt(p2p, in, "no such acknowledgement line");
     case XCCL_P2P_OFFER:
+    case XCCL_P2P_CMA_OFFER:
         return offer_is_sound(p2p, field) ? XCCL_OK : corrupt(p2p, in, "an offer outside the window");
     default:
         return corrupt(p2p, in, "a new message was due");
@@ -210,7 +239,7 @@ static int take_message(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p
         return status;
     xccl_request_t *receive = xccl_p2p_match(p2p, in->source, field->event_id, xccl_p2p_bytes_of(field));
     if (receive)
-        deliver(p2p, in, field, receive);
+        status = deliver(p2p, in, field, receive);
     else if (drain || is_wanted(p2p, in)) /* asked again: receives with another size have failed */
         status = keep(p2p, in, field);
     return status;
@@ -261,15 +290,15 @@ static void adopt_assembly(xccl_p2p_incoming_t *in, xccl_unexpected_t *message, 
     in->target = receive->buffer;
 }
 
-bool xccl_p2p_take_unexpected(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_unexpected_t *message,
-                              xccl_request_t *receive) {
-    bool taken = true;
-    if (message->is_offer) {
-        taken = take_offer(p2p, in->source, message->offset, message->ack, message->number, receive);
+int xccl_p2p_take_unexpected(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_unexpected_t *message,
+                             xccl_request_t *receive) {
+    int status = XCCL_OK;
+    if (xccl_p2p_is_offer(message->kind)) {
+        status = xccl_p2p_take_offer(p2p, in, message, receive);
     } else if (in->message == message) {
         adopt_assembly(in, message, receive);
         free(message);
-        return true;
+        return XCCL_OK;
     } else {
         if (message->bytes > 0)
             memcpy(receive->buffer, message->data, message->bytes);
@@ -277,10 +306,10 @@ bool xccl_p2p_take_unexpected(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_une
         if (message->sender)
             xccl_p2p_complete(message->sender, XCCL_OK);
     }
-    if (taken)
+    if (status == XCCL_OK)
         complete_receive(receive, in->source, message->tag, message->bytes);
     free(message);
-    return taken;
+    return status;
 }
 
 /* ---- giving up ---- */
