@@ -13,6 +13,11 @@ static ssize_t read_process(int pid, void *to, uint64_t address, uint64_t bytes)
     return process_vm_readv(pid, &local, 1, &remote, 1, 0);
 }
 
+static ssize_t write_process(int pid, void *from, uint64_t address, uint64_t bytes) {
+    struct iovec local = {from, bytes}, remote = {(void *)(uintptr_t)address, bytes};
+    return process_vm_writev(pid, &local, 1, &remote, 1, 0);
+}
+
 void xccl_cma_open(xccl_world_t *world) {
     xccl_rank_entry_t *entry = &world->ranks[world->rank];
     if (world->header->config.no_cma ||
@@ -47,26 +52,37 @@ bool xccl_cma_can_read(const xccl_world_t *world, int reader) {
     return atomic_load_explicit(&world->ranks[reader].reads_peers, memory_order_relaxed) == 1;
 }
 
-static int fail_read(const xccl_world_t *world, int rank, uint64_t address, uint64_t bytes, int error) {
+static int fail(const xccl_world_t *world, int rank, uint64_t address, uint64_t bytes, int error) {
     char line[256];
     xccl_shm_describe_rank(world, rank, line, sizeof line);
     if (error == ESRCH || xccl_shm_is_dead(world, rank))
         return xccl_fail_about(XCCL_ERR_PEER_LOST, rank,
-                               "rank %d: rank %d is lost, a message of it was only half received. Its last state: %s",
-                               world->rank, rank, line);
+                               "rank %d: rank %d is lost in the middle of a message. Its last state: %s", world->rank,
+                               rank, line);
     return xccl_fail_errno(error,
-                           "rank %d: %llu bytes at %#llx in the memory of rank %d cannot be read (XCCL_CMA=off does "
+                           "rank %d: %llu bytes at %#llx in the memory of rank %d cannot be copied (XCCL_CMA=off does "
                            "without). Its last state: %s",
                            world->rank, (unsigned long long)bytes, (unsigned long long)address, rank, line);
 }
 
-int xccl_cma_read(xccl_world_t *world, int rank, void *to, uint64_t address, uint64_t bytes) {
+typedef ssize_t (*copy_fn)(int pid, void *here, uint64_t there, uint64_t bytes);
+
+/* The kernel may stop early, where it meets a page that is not there. */
+static int copy_all(const xccl_world_t *world, int rank, copy_fn copy, void *here, uint64_t there, uint64_t bytes) {
     int pid = atomic_load_explicit(&world->ranks[rank].pid, memory_order_relaxed);
     for (uint64_t done = 0; done < bytes;) {
-        ssize_t count = read_process(pid, (unsigned char *)to + done, address + done, bytes - done);
+        ssize_t count = copy(pid, (unsigned char *)here + done, there + done, bytes - done);
         if (count <= 0)
-            return fail_read(world, rank, address + done, bytes - done, count < 0 ? errno : EFAULT);
+            return fail(world, rank, there + done, bytes - done, count < 0 ? errno : EFAULT);
         done += (uint64_t)count;
     }
     return XCCL_OK;
+}
+
+int xccl_cma_read(xccl_world_t *world, int rank, void *to, uint64_t address, uint64_t bytes) {
+    return copy_all(world, rank, read_process, to, address, bytes);
+}
+
+int xccl_cma_write(xccl_world_t *world, int rank, const void *from, uint64_t address, uint64_t bytes) {
+    return copy_all(world, rank, write_process, (void *)(uintptr_t)from, address, bytes);
 }

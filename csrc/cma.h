@@ -23,4 +23,7 @@ bool xccl_cma_can_read(const xccl_world_t *world, int reader);
 /* Copies [address, address+bytes) of the process of world rank `rank` to `to`. PEER_LOST or SYSTEM if that fails. */
 int xccl_cma_read(xccl_world_t *world, int rank, void *to, uint64_t address, uint64_t bytes);
 
+/* The same the other way. */
+int xccl_cma_write(xccl_world_t *world, int rank, const void *from, uint64_t address, uint64_t bytes);
+
 #endif

@@ -15,7 +15,7 @@
 
 enum {
     LEAST_BYTES = 1024, /* shorter copies cost less than their measurement */
-    TRIALS = 16,        /* operations with which a size begins: the ways in turn */
+    TRIALS = 3,         /* operations on each way with which a size begins */
     SAMPLE_EVERY = 4,   /* operations */
     TRY_EVERY = 64      /* operations: so often another way is tried */
 };
@@ -57,10 +57,10 @@ void xccl_coll_choose_way(xccl_coll_t *coll, uint64_t bytes, bool cma) {
         return;
     int ways = cma ? XCCL_COLL_WAYS : XCCL_COLL_BY_CMA;
     uint64_t turn = costs_of(coll, bytes, XCCL_COLL_BY_CACHE)->operations++;
-    bool tries = turn < TRIALS || turn % TRY_EVERY == 0;
-    xccl_coll_way_t way = turn < TRIALS ? turn % ways
-                          : tries       ? turn / TRY_EVERY % ways
-                                        : best_way(coll, bytes, chunk_bytes, ways);
+    bool tries = turn < TRIALS * (uint64_t)ways || turn % TRY_EVERY == 0;
+    xccl_coll_way_t way = turn < TRIALS * (uint64_t)ways ? turn % ways
+                          : tries                        ? turn / TRY_EVERY % ways
+                                                         : best_way(coll, bytes, chunk_bytes, ways);
     coll->streams = way == XCCL_COLL_BY_STREAM;
     coll->x_by_cma = way == XCCL_COLL_BY_CMA;
     coll->samples = tries || turn % SAMPLE_EVERY == 1;

@@ -119,6 +119,21 @@ typedef enum xccl_p2p_ack_t {
     XCCL_P2P_RECEIVED = 3   /* receiver: step 8 */
 } xccl_p2p_ack_t;
 
+/*   acknowledgement line, in the sender's window
+ *   0       8       16       24          32        40
+ *   | state | joint | target | in_window | claimed | sent |
+ * The sender clears it before it publishes the offer; what comes behind `state` serves copying by both ends: see
+ * p2p_offer.c. */
+typedef struct xccl_p2p_ack_line_t {
+    _Alignas(64) _Atomic uint64_t state;
+    _Atomic uint64_t joint;   /* number of the message that both may copy; written by the receiver */
+    uint64_t target;          /* address in the receiver's process, or offset in its window */
+    uint64_t in_window;       /* which of the two */
+    _Atomic uint64_t claimed; /* blocks, by either */
+    _Atomic uint64_t sent;    /* blocks that the sender has copied */
+} xccl_p2p_ack_line_t;
+_Static_assert(sizeof(xccl_p2p_ack_line_t) == XCCL_LINE, "one line for each acknowledgement");
+
 static inline uint64_t xccl_p2p_ack_word(uint64_t number, xccl_p2p_ack_t state) {
     return 4 * number + (uint64_t)state;
 }
@@ -151,6 +166,7 @@ struct xccl_request_t {
     /* send */
     xccl_p2p_kind_t way; /* INLINE, FIRST (chunks), OFFER or CMA_OFFER */
     bool sync;
+    bool helped;     /* it has copied its part of the offer */
     bool cancelled;  /* its buffer is gone: publish CANCEL instead of more chunks, or outlive the acknowledgement */
     uint64_t offset; /* offer: of the buffer in the own window, or its address */
     uint64_t moved;  /* bytes published */
@@ -161,14 +177,19 @@ struct xccl_request_t {
     uint32_t site;         /* and where the program began the request */
 };
 
+/* Where an offered message is; as in the field. */
+typedef struct xccl_p2p_offer_t {
+    xccl_p2p_kind_t kind;
+    uint64_t offset, ack, number;
+} xccl_p2p_offer_t;
+
 /* A message kept in local memory, or an offer not yet taken. */
 typedef struct xccl_unexpected_t {
     struct xccl_unexpected_t *next;
     int64_t tag;
     uint64_t bytes;
-    xccl_p2p_kind_t kind;
-    uint64_t offset, ack, number; /* as in the field */
-    xccl_request_t *sender;       /* a sync send of this rank to itself */
+    xccl_p2p_offer_t offer; /* of a message kept whole: only its acknowledgement */
+    xccl_request_t *sender; /* a sync send of this rank to itself */
     unsigned char data[];
 } xccl_unexpected_t;
 
@@ -285,11 +306,23 @@ int xccl_p2p_take_unexpected(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_unex
                              xccl_request_t *request);
 /* Gives a receive up: nothing is consumed. Frees the request. MEMORY if its half-received message cannot be kept. */
 int xccl_p2p_cancel_recv(xccl_request_t *request);
-/* Gives the offer `message` to the receive. AGAIN: its sender has withdrawn it. */
-int xccl_p2p_take_offer(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_unexpected_t *message,
-                        const xccl_request_t *receive);
+
+/* ---- offers (p2p_offer.c) ---- */
+
+/* Step 8, if the sender wants it: then `ack` is not 0. */
+void xccl_p2p_acknowledge(xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number);
+/* The field of an offer names memory that can be one. */
+bool xccl_p2p_offer_is_sound(const xccl_p2p_t *p2p, const xccl_p2p_field_t *field);
 /* An offer that its sender has not withdrawn. */
 bool xccl_p2p_offer_lives(const xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number);
+/* Copies the offered message. AGAIN: its sender has withdrawn it. */
+int xccl_p2p_take_offer(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_offer_t *offer, void *buffer,
+                        uint64_t bytes);
+/* The same, together with the sender if it can; blocks until that has copied its part. */
+int xccl_p2p_take_offer_jointly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_offer_t *offer, void *buffer,
+                                uint64_t bytes);
+/* The sender's part of that, once the receiver has begun. */
+int xccl_p2p_help(xccl_request_t *send);
 
 /* ---- chunks or CMA_OFFER (p2p_way.c) ---- */
 

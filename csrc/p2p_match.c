@@ -90,7 +90,8 @@ void xccl_p2p_unkeep(xccl_p2p_incoming_t *in, xccl_unexpected_t *message) {
 }
 
 static bool is_live(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const xccl_unexpected_t *message) {
-    return !xccl_p2p_is_offer(message->kind) || xccl_p2p_offer_lives(p2p, in->source, message->ack, message->number);
+    return !xccl_p2p_is_offer(message->offer.kind) ||
+           xccl_p2p_offer_lives(p2p, in->source, message->offer.ack, message->offer.number);
 }
 
 /* First kept message of the source with such a tag. Offers withdrawn meanwhile are dropped on the way. */

@@ -2,7 +2,6 @@
 
 #include <stdlib.h>
 
-#include "cma.h"
 #include "copy.h"
 #include "status.h"
 
@@ -11,62 +10,9 @@ static int corrupt(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const c
                      in->source, (unsigned long long)in->ring.tail, what);
 }
 
-/* ---- acknowledging ---- */
-
-/* Step 8, if the sender wants it. */
-static void acknowledge(xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number) {
-    if (ack != 0)
-        xccl_gas_signal_at(p2p->world, p2p->comm->ranks[source], xccl_p2p_ack_offset(p2p, ack),
-                           xccl_p2p_ack_word(number, XCCL_P2P_RECEIVED));
-}
-
 static void complete_receive(xccl_request_t *receive, int source, int64_t tag, uint64_t bytes) {
     receive->message = (xccl_message_t){source, tag, bytes};
     xccl_p2p_complete(receive, XCCL_OK);
-}
-
-/* ---- offers (zero-copy) ---- */
-
-bool xccl_p2p_offer_lives(const xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number) {
-    const _Atomic uint64_t *word = xccl_gas_at(p2p->world, p2p->comm->ranks[source], xccl_p2p_ack_offset(p2p, ack));
-    return xccl_gas_load(word) == xccl_p2p_ack_word(number, XCCL_P2P_OFFERED);
-}
-
-static int copy_by_cma(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, uint64_t address, const xccl_request_t *receive) {
-    uint64_t start = xccl_ticks();
-    int status = xccl_cma_read(p2p->world, p2p->comm->ranks[in->source], receive->buffer, address, receive->bytes);
-    if (status == XCCL_OK)
-        xccl_p2p_note_cost(p2p, in, receive->bytes, xccl_ticks() - start, true);
-    return status;
-}
-
-int xccl_p2p_take_offer(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_unexpected_t *message,
-                        const xccl_request_t *receive) {
-    int rank = p2p->comm->ranks[in->source];
-    uint64_t offered = xccl_p2p_ack_word(message->number, XCCL_P2P_OFFERED);
-    /* From TAKEN on the sender leaves the buffer alone until it is acknowledged (bug classes 7, 11). The swap also
-     * orders the copy after the sender's stores to the buffer. */
-    if (xccl_gas_compare_swap_at(p2p->world, rank, xccl_p2p_ack_offset(p2p, message->ack), offered,
-                                 xccl_p2p_ack_word(message->number, XCCL_P2P_TAKEN)) != offered)
-        return XCCL_AGAIN;
-    if (message->kind == XCCL_P2P_CMA_OFFER) {
-        int status = copy_by_cma(p2p, in, message->offset, receive);
-        if (status != XCCL_OK)
-            return status;
-    } else {
-        xccl_copy_part(receive->buffer, xccl_gas_at(p2p->world, rank, message->offset), receive->bytes, receive->bytes,
-                       p2p->world->streaming_bytes);
-    }
-    acknowledge(p2p, in->source, message->ack, message->number);
-    return XCCL_OK;
-}
-
-/* The kernel checks the address of what lies in the sender's process. */
-static bool offer_is_sound(const xccl_p2p_t *p2p, const xccl_p2p_field_t *field) {
-    uint64_t stride = p2p->world->stride, bytes = xccl_p2p_bytes_of(field);
-    bool lies_right =
-        xccl_p2p_kind_of(field) == XCCL_P2P_CMA_OFFER || (bytes <= stride && field->body.at.offset <= stride - bytes);
-    return lies_right && field->body.at.ack > 0 && field->body.at.ack <= XCCL_P2P_MAX_ACKS;
 }
 
 /* ---- messages in chunks ---- */
@@ -113,7 +59,7 @@ static void take_chunk(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_
     end_assembly(p2p, in);
     if (!receive)
         return; /* kept: acknowledged when it is received */
-    acknowledge(p2p, in->source, in->ack, in->number);
+    xccl_p2p_acknowledge(p2p, in->source, in->ack, in->number);
     complete_receive(receive, in->source, tag, in->bytes);
 }
 
@@ -145,9 +91,15 @@ static int continue_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xcc
 
 /* ---- new messages ---- */
 
+static xccl_p2p_offer_t offer_of(const xccl_p2p_field_t *field) {
+    return (xccl_p2p_offer_t){xccl_p2p_kind_of(field), field->body.at.offset, field->body.at.ack,
+                              field->body.at.number};
+}
+
 static int deliver(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field, xccl_request_t *receive) {
     xccl_p2p_field_t copy = *field;
-    int status = XCCL_OK;
+    xccl_p2p_offer_t offer;
+    int status;
     switch (xccl_p2p_kind_of(field)) {
     case XCCL_P2P_INLINE:
         xccl_p2p_copy_inline(receive->buffer, field->body.payload, receive->bytes);
@@ -158,12 +110,8 @@ static int deliver(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_fiel
     case XCCL_P2P_OFFER:
     case XCCL_P2P_CMA_OFFER:
         xccl_ring_consume(&in->ring, false);
-        status = xccl_p2p_take_offer(p2p, in,
-                                     &(xccl_unexpected_t){.kind = xccl_p2p_kind_of(&copy),
-                                                          .offset = copy.body.at.offset,
-                                                          .ack = copy.body.at.ack,
-                                                          .number = copy.body.at.number},
-                                     receive);
+        offer = offer_of(&copy);
+        status = xccl_p2p_take_offer(p2p, in, &offer, receive->buffer, receive->bytes);
         if (status != XCCL_OK)
             return status < 0 ? status : XCCL_OK;
         xccl_p2p_unpost(receive);
@@ -191,15 +139,12 @@ static int keep(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t
             "rank %d: no memory to set aside a message of %llu bytes from rank %d with tag %lld, which nobody "
             "has asked for yet; it stays queued",
             p2p->comm->rank, (unsigned long long)bytes, in->source, (long long)field->event_id);
-    message->kind = kind;
     if (kind == XCCL_P2P_INLINE) {
         memcpy(message->data, field->body.payload, bytes);
         xccl_ring_consume(&in->ring, false);
         return XCCL_OK;
     }
-    message->offset = field->body.at.offset;
-    message->ack = field->body.at.ack;
-    message->number = field->body.at.number;
+    message->offer = offer_of(field);
     if (is_offer) {
         xccl_ring_consume(&in->ring, false);
         return XCCL_OK;
@@ -221,7 +166,7 @@ static int check_field(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, con
         return field->body.at.ack <= XCCL_P2P_MAX_ACKS ? XCCL_OK : corrupt(p2p, in, "no such acknowledgement line");
     case XCCL_P2P_OFFER:
     case XCCL_P2P_CMA_OFFER:
-        return offer_is_sound(p2p, field) ? XCCL_OK : corrupt(p2p, in, "an offer outside the window");
+        return xccl_p2p_offer_is_sound(p2p, field) ? XCCL_OK : corrupt(p2p, in, "an offer outside the window");
     default:
         return corrupt(p2p, in, "a new message was due");
     }
@@ -293,8 +238,8 @@ static void adopt_assembly(xccl_p2p_incoming_t *in, xccl_unexpected_t *message, 
 int xccl_p2p_take_unexpected(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_unexpected_t *message,
                              xccl_request_t *receive) {
     int status = XCCL_OK;
-    if (xccl_p2p_is_offer(message->kind)) {
-        status = xccl_p2p_take_offer(p2p, in, message, receive);
+    if (xccl_p2p_is_offer(message->offer.kind)) {
+        status = xccl_p2p_take_offer(p2p, in, &message->offer, receive->buffer, receive->bytes);
     } else if (in->message == message) {
         adopt_assembly(in, message, receive);
         free(message);
@@ -302,7 +247,7 @@ int xccl_p2p_take_unexpected(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_unex
     } else {
         if (message->bytes > 0)
             memcpy(receive->buffer, message->data, message->bytes);
-        acknowledge(p2p, in->source, message->ack, message->number);
+        xccl_p2p_acknowledge(p2p, in->source, message->offer.ack, message->offer.number);
         if (message->sender)
             xccl_p2p_complete(message->sender, XCCL_OK);
     }
@@ -327,8 +272,7 @@ static int detach(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_request_t
             p2p->comm->rank, (unsigned long long)in->bytes, in->source, (long long)in->tag);
     }
     memcpy(message->data, receive->buffer, in->received);
-    message->ack = in->ack;
-    message->number = in->number;
+    message->offer = (xccl_p2p_offer_t){XCCL_P2P_FIRST, 0, in->ack, in->number};
     in->request = NULL;
     in->message = message;
     in->target = message->data;
@@ -356,27 +300,33 @@ static bool only_ring_serves(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *i
     return !p2p->posted.first && !in->first && !in->assembling;
 }
 
-/* Takes the next message without a request, if it is there, is the one asked for, and has come whole. */
-static bool receive_at_once(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buffer, uint64_t bytes, int64_t tag,
-                            xccl_message_t *out) {
+/* Takes the next message without a request, if it is there, is the one asked for, and has come whole. AGAIN: not so. */
+static int receive_at_once(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buffer, uint64_t bytes, int64_t tag,
+                           xccl_message_t *out) {
     const xccl_p2p_field_t *field = xccl_ring_peek(&in->ring);
     if (!field || xccl_p2p_bytes_of(field) != bytes || (tag != XCCL_ANY_TAG && tag != field->event_id))
-        return false;
+        return XCCL_AGAIN;
     if (xccl_p2p_kind_of(field) == XCCL_P2P_INLINE && bytes <= XCCL_P2P_INLINE_BYTES) {
         *out = (xccl_message_t){in->source, field->event_id, bytes};
         xccl_p2p_copy_inline(buffer, field->body.payload, bytes);
         xccl_ring_consume(&in->ring, false);
-        return true;
+        return XCCL_OK;
+    }
+    if (xccl_p2p_is_offer(xccl_p2p_kind_of(field)) && xccl_p2p_offer_is_sound(p2p, field)) {
+        *out = (xccl_message_t){in->source, field->event_id, bytes};
+        const xccl_p2p_offer_t offer = offer_of(field);
+        xccl_ring_consume(&in->ring, false);
+        return xccl_p2p_take_offer_jointly(p2p, in, &offer, buffer, bytes);
     }
     if (xccl_p2p_kind_of(field) != XCCL_P2P_FIRST || field->body.at.length != bytes ||
         !chunk_is_sound(in, field, bytes) || field->body.at.ack > XCCL_P2P_MAX_ACKS)
-        return false;
+        return XCCL_AGAIN;
     *out = (xccl_message_t){in->source, field->event_id, bytes};
     uint64_t ack = field->body.at.ack, number = field->body.at.number;
     xccl_copy(buffer, in->ring.data + field->body.at.offset, bytes);
     xccl_ring_consume(&in->ring, xccl_p2p_hands_back(field));
-    acknowledge(p2p, in->source, ack, number);
-    return true;
+    xccl_p2p_acknowledge(p2p, in->source, ack, number);
+    return XCCL_OK;
 }
 
 typedef struct line_wait_t {
@@ -404,7 +354,7 @@ static int receive_directly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buff
     int status = xccl_wait(p2p->world, &wait, deadline);
     if (status != XCCL_OK)
         return status;
-    return receive_at_once(p2p, in, buffer, bytes, tag, out) ? XCCL_OK : XCCL_AGAIN;
+    return receive_at_once(p2p, in, buffer, bytes, tag, out);
 }
 
 /* Also tells the race checker. */
@@ -448,11 +398,11 @@ int xccl_p2p_recv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, i
     xccl_p2p_t *p2p = comm->p2p;
     xccl_p2p_incoming_t *in = source == XCCL_ANY_SOURCE ? NULL : &p2p->incoming[source];
     bool direct = in && only_ring_serves(p2p, in);
-    if (direct && receive_at_once(p2p, in, buffer, bytes, tag, out))
-        return note_received(comm, buffer, out);
     int64_t deadline = xccl_deadline(comm->world, timeout_ns);
     if (direct) {
-        status = receive_directly(p2p, in, buffer, bytes, tag, deadline, out);
+        status = receive_at_once(p2p, in, buffer, bytes, tag, out);
+        if (status == XCCL_AGAIN)
+            status = receive_directly(p2p, in, buffer, bytes, tag, deadline, out);
         if (status != XCCL_AGAIN)
             return status == XCCL_OK ? note_received(comm, buffer, out) : status;
     }

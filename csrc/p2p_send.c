@@ -41,8 +41,12 @@ static int take_ack(xccl_request_t *send) {
     }
     send->ack = p2p->free_acks[--p2p->num_free_acks];
     send->number = ++p2p->next_number;
-    xccl_gas_signal_at(p2p->world, p2p->world->rank, xccl_p2p_ack_offset(p2p, send->ack),
-                       xccl_p2p_ack_word(send->number, XCCL_P2P_OFFERED));
+    xccl_p2p_ack_line_t *line = xccl_gas_local(p2p->world, xccl_p2p_ack_offset(p2p, send->ack));
+    /* relaxed: the offer, published later with release, is what leads anybody here */
+    atomic_store_explicit(&line->joint, 0, memory_order_relaxed);
+    atomic_store_explicit(&line->claimed, 0, memory_order_relaxed);
+    atomic_store_explicit(&line->sent, 0, memory_order_relaxed);
+    atomic_store_explicit(&line->state, xccl_p2p_ack_word(send->number, XCCL_P2P_OFFERED), memory_order_relaxed);
     return XCCL_OK;
 }
 

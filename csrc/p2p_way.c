@@ -16,7 +16,7 @@
 
 enum {
     LEAST_BYTES = 16 << 10, /* below, the system call alone takes as long as both copies */
-    TRIALS = 16,            /* messages with which a size begins: both ways in turn */
+    TRIALS = 4,             /* messages with which a size begins: both ways in turn */
     TRY_EVERY = 64,         /* messages: so often the other way is tried */
     PATIENCE_NS = 50000,    /* at least; a few switches between ranks of one core */
     BYTES_PER_NS = 4,       /* chunks go about as fast */
