@@ -95,6 +95,7 @@ typedef struct xccl_config_t {
     int64_t first_timeout_ns;  /* default deadline of a rank's first operation [twice timeout_ns] */
     char session[32];          /* random id of the world, NUL-terminated */
     int32_t racecheck;         /* 1: look for races, see below [0] */
+    int32_t no_cma;            /* 1: peers do not read each other's ordinary memory through the kernel [0] */
 } xccl_config_t;
 
 /* A rank's state as others see it. */

@@ -40,5 +40,6 @@ def _nothing_left_behind() -> Iterator[None]:
 
 @pytest.fixture
 def rings_of_512_kib(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rings of a known length, for tests that fill them; else it follows the size of the machine's caches."""
+    """All messages go through rings of a known length, for tests that fill them. It follows the caches otherwise."""
     monkeypatch.setenv("XCCL_P2P_SLOTS", "8")
+    monkeypatch.setenv("XCCL_CMA", "off")

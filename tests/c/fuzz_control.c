@@ -204,7 +204,7 @@ enum { NUM_OPERATIONS = sizeof OPERATIONS / sizeof *OPERATIONS };
 static void open_rank(rank_t *r) {
     static const int32_t owner[EXPERTS] = {0, 1, 2, 0, 1};
     const xccl_quant_t quant = r->example->count % 2 ? XCCL_QUANT_INT8 : XCCL_QUANT_NONE;
-    const xccl_moe_config_t config = {EXPERTS,       HIDDEN, TOPK,           MOST_TOKENS,
+    const xccl_moe_config_t config = {EXPERTS,      HIDDEN, TOPK,           MOST_TOKENS,
                                       XCCL_FLOAT32, quant,  XCCL_SIMD_AUTO, XCCL_MISSING_RAISE};
     uint64_t offset, bytes = (uint64_t)RANKS * MOST_COUNT * 8;
     r->scratch = calloc(1, bytes);
