@@ -249,12 +249,8 @@ static int check_peer(const xccl_request_t *request) {
     p2p->next_look_ns = now + 100 * 1000000;
     for (int pe = 0; pe < p2p->comm->size; pe++) {
         int rank = p2p->comm->ranks[pe];
-        if (rank != p2p->world->rank && xccl_shm_is_dead(p2p->world, rank)) {
-            char line[256];
-            xccl_shm_describe_rank(p2p->world, rank, line, sizeof line);
-            return xccl_fail(XCCL_ERR_PEER_LOST, "rank %d, test: rank %d is lost. Its last state: %s", p2p->comm->rank,
-                             pe, line);
-        }
+        if (rank != p2p->world->rank && xccl_shm_is_dead(p2p->world, rank))
+            return xccl_shm_fail_lost(p2p->world, rank, "test");
     }
     return XCCL_OK;
 }

@@ -25,7 +25,7 @@
 #endif
 
 static const uint64_t MAGIC = 0x6c63637830303031; /* changes with nothing: the ABI number does */
-static const uint32_t ABI = 3;
+static const uint32_t ABI = 4;
 static const uint64_t HUGE_PAGE = 2ull << 20;
 static const uint64_t META_BYTES = 4ull << 30;
 

@@ -7,6 +7,7 @@
 /* Long enough for a timeout report with one line a rank of a large world; longer ones are cut at the end. */
 static _Thread_local char message[32768];
 static _Thread_local int about = -1;
+static _Thread_local xccl_rank_info_t about_lost;
 
 const char *xccl_error_message(void) {
     return message;
@@ -33,6 +34,20 @@ int xccl_fail_about(int status, int rank, const char *format, ...) {
     va_end(args);
     about = rank;
     return status;
+}
+
+int xccl_fail_lost(int rank, const xccl_rank_info_t *info, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    about = rank;
+    about_lost = *info;
+    return XCCL_ERR_PEER_LOST;
+}
+
+void xccl_error_lost(xccl_rank_info_t *out) {
+    *out = about_lost;
 }
 
 int xccl_fail_errno(int error, const char *format, ...) {

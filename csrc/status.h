@@ -11,6 +11,10 @@ int xccl_fail(int status, const char *format, ...) __attribute__((format(printf,
 /* As xccl_fail, for an error that is about world rank `rank`. */
 int xccl_fail_about(int status, int rank, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
+/* Fails with PEER_LOST about `rank`, and keeps `info` for xccl_error_lost. */
+int xccl_fail_lost(int rank, const xccl_rank_info_t *info, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
 /* As xccl_fail with ": <strerror(error)>" appended and status XCCL_ERR_SYSTEM. */
 int xccl_fail_errno(int error, const char *format, ...) __attribute__((format(printf, 2, 3)));
 

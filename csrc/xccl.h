@@ -43,7 +43,8 @@ typedef enum xccl_status_t {
 /* Text of the calling thread's last error; valid until its next failing call. */
 const char *xccl_error_message(void);
 
-/* World rank that this error is about: who aborted, or made the other access of a race. -1: none, or the launcher. */
+/* World rank that this error is about: who aborted, is lost, or made the other access of a race. -1: none, or the
+ * launcher. */
 int xccl_error_rank(void);
 
 /* ---- element types ------------------------------------------------------------------------------------ */
@@ -105,6 +106,14 @@ typedef enum xccl_rank_state_t {
     XCCL_RANK_STOPPED = 4 /* attached, and its process is stopped: by SIGSTOP or a debugger */
 } xccl_rank_state_t;
 
+/* How the process of a rank ended, as far as whoever reaped it told. */
+typedef enum xccl_exit_t {
+    XCCL_EXIT_UNKNOWN = 0,
+    XCCL_EXIT_CODE = 1,   /* by itself, with this exit code */
+    XCCL_EXIT_SIGNAL = 2, /* killed by this signal */
+    XCCL_EXIT_MEMORY = 3  /* killed by the kernel because memory ran out */
+} xccl_exit_t;
+
 typedef struct xccl_rank_info_t {
     int32_t state; /* xccl_rank_state_t */
     int32_t pid;
@@ -114,6 +123,7 @@ typedef struct xccl_rank_info_t {
     int32_t phase;       /* step inside the operation, its own numbering */
     int32_t waits_for;   /* world rank that it waits for first, -1: none */
     int64_t moved_ns;    /* when operation or phase last changed, CLOCK_MONOTONIC */
+    char cause[32];      /* of a dead rank's end: "killed by SIGKILL"; empty: not known */
 } xccl_rank_info_t;
 
 /* What a world is, for tools. */
@@ -136,6 +146,9 @@ typedef struct xccl_missing_t {
 
 /* The index-th slot that the calling thread's last TIMEOUT lacked; XCCL_AGAIN if there are fewer (16 are kept). */
 int xccl_error_missing(int index, xccl_missing_t *out);
+
+/* What the calling thread's last PEER_LOST knew of the rank that xccl_error_rank names. */
+void xccl_error_lost(xccl_rank_info_t *out);
 
 /* Bytes of the shared object (address space; pages are reserved when they are allocated). */
 uint64_t xccl_shm_object_bytes(const xccl_config_t *config);
@@ -188,6 +201,10 @@ int xccl_shm_rank_info(const xccl_world_t *world, int rank, xccl_rank_info_t *ou
 /* Maps only the control page, without becoming a rank: for launchers and tools. End with xccl_shm_unmap.
  * A descriptor that is open for reading only is enough; such an observer changes nothing and cannot abort. */
 int xccl_shm_observe(int fd, xccl_world_t **out);
+
+/* Tells the ranks how the process of `rank` ended, and wakes them. For whoever has reaped it. Nothing happens if it lives
+ * or has left in order. */
+void xccl_shm_note_exit(xccl_world_t *world, int rank, xccl_exit_t kind, int number);
 
 /* What the observed or attached world is. */
 void xccl_shm_session_info(const xccl_world_t *world, xccl_session_info_t *out);

@@ -106,6 +106,16 @@ class Observer:
             return None
         return int(rank[0]), ffi.string(text).decode(errors="replace")
 
+    def pid(self, rank: int) -> int:
+        """Process of `rank`, 0 before it has attached."""
+        info = ffi.new("xccl_rank_info_t *")
+        check(lib.xccl_shm_rank_info(self._w, rank, info))
+        return int(info.pid)
+
+    def note_exit(self, rank: int, kind: int, number: int) -> None:
+        """Tells the ranks how the process of `rank` ended (an xccl_exit_t and its number)."""
+        lib.xccl_shm_note_exit(self._w, rank, kind, number)
+
     def describe(self, rank: int) -> str:
         """What `rank` did last: "operation 118 (combine), phase 1"."""
         info = ffi.new("xccl_rank_info_t *")
