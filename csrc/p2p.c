@@ -279,7 +279,9 @@ int xccl_p2p_request_wait(xccl_request_t *request, int64_t timeout_ns, xccl_mess
     int status = xccl_comm_check(p2p->comm);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(p2p->world, XCCL_OP_WAIT);
+    status = xccl_op_begin(p2p->world, XCCL_OP_WAIT);
+    if (status != XCCL_OK)
+        return status;
     status = xccl_p2p_await(request, xccl_deadline(p2p->world, timeout_ns), out);
     xccl_p2p_settle_hook(p2p);
     return status;

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "faults.h"
 #include "process.h"
 #include "status.h"
 
@@ -45,7 +46,7 @@ static int64_t coarse_now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-void xccl_op_begin(xccl_world_t *world, xccl_op_t op) {
+int xccl_op_begin(xccl_world_t *world, xccl_op_t op) {
     xccl_rank_entry_t *entry = &world->ranks[world->rank];
     /* relaxed: readers only show these words; the rank is their one writer */
     uint64_t sequence = atomic_load_explicit(&entry->sequence, memory_order_relaxed);
@@ -53,10 +54,13 @@ void xccl_op_begin(xccl_world_t *world, xccl_op_t op) {
     atomic_store_explicit(&entry->operation, op, memory_order_relaxed);
     atomic_store_explicit(&entry->phase, 0, memory_order_relaxed);
     atomic_store_explicit(&entry->moved_ns, coarse_now_ns(), memory_order_relaxed);
+    return xccl_fault_point(world, op, 0);
 }
 
-void xccl_op_phase(xccl_world_t *world, int phase) {
-    atomic_store_explicit(&world->ranks[world->rank].phase, phase, memory_order_relaxed);
+int xccl_op_phase(xccl_world_t *world, int phase) {
+    xccl_rank_entry_t *entry = &world->ranks[world->rank];
+    atomic_store_explicit(&entry->phase, phase, memory_order_relaxed);
+    return xccl_fault_point(world, atomic_load_explicit(&entry->operation, memory_order_relaxed), phase);
 }
 
 /* The process of an attached rank has ended. What cannot be told counts as alive. */

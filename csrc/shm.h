@@ -140,15 +140,16 @@ struct xccl_world_t {
     bool outlives_peers;                   /* the current wait goes on when ranks die */
     uint64_t mourned[XCCL_MAX_RANKS / 64]; /* dead ranks that shrink has dealt with */
     struct xccl_race_t *race;              /* owned by racecheck.c; NULL: off */
+    struct xccl_faults_t *faults;          /* owned by faults.c; NULL: none are injected */
 };
 
 /* Reserves pages of the object; 0 or an errno. Never by writing, as posix_fallocate does where the file system cannot:
  * peers may be writing there. */
 int xccl_shm_reserve(int fd, uint64_t offset, uint64_t bytes);
 
-/* Note what this rank does. Relaxed stores to its own line: cheap, always on. */
-void xccl_op_begin(xccl_world_t *world, xccl_op_t op);
-void xccl_op_phase(xccl_world_t *world, int phase);
+/* Note what this rank does. Relaxed stores to its own line: cheap, always on. OK, unless a fault is injected there. */
+int xccl_op_begin(xccl_world_t *world, xccl_op_t op) __attribute__((warn_unused_result));
+int xccl_op_phase(xccl_world_t *world, int phase) __attribute__((warn_unused_result));
 
 /* Process of `rank` is gone or a zombie, though it never left; or it cannot come because the creator is gone. */
 bool xccl_shm_is_dead(const xccl_world_t *world, int rank);

@@ -37,7 +37,8 @@ typedef enum xccl_status_t {
     XCCL_ERR_MEMORY = -5,      /* shared memory or address space is used up */
     XCCL_ERR_SYSTEM = -6,      /* a system call failed */
     XCCL_ERR_INTERRUPTED = -7, /* the interrupt hook asked to stop waiting (Ctrl-C) */
-    XCCL_ERR_RACE = -8         /* the race checker found two accesses that nothing orders */
+    XCCL_ERR_RACE = -8,        /* the race checker found two accesses that nothing orders */
+    XCCL_ERR_INJECTED = -9     /* a fault that was injected on purpose, see xccl_fault_inject */
 } xccl_status_t;
 
 /* Text of the calling thread's last error; valid until its next failing call. */
@@ -219,6 +220,41 @@ int xccl_shm_die_with_parent(int parent_pid);
 /* The kernel's word to a rank that is not a child of its launcher (a shell may stand between): a thread ends this
  * process when the creator of the world ends. */
 int xccl_shm_die_with_creator(xccl_world_t *world);
+
+/* ---- shm: injected faults -------------------------------------------------------------------------------- */
+
+/* What a fault does to its rank. */
+typedef enum xccl_fault_action_t {
+    XCCL_FAULT_KILL = 0,   /* SIGKILL */
+    XCCL_FAULT_STOP = 1,   /* SIGSTOP; SIGCONT follows after `ns`, never with 0 */
+    XCCL_FAULT_DELAY = 2,  /* sleeps for `ns` */
+    XCCL_FAULT_RAISE = 3,  /* the call fails with INJECTED: at the begin of an operation before anything has happened */
+    XCCL_FAULT_CORRUPT = 4 /* flips `bits` in the next control line that the rank publishes to another one */
+} xccl_fault_action_t;
+
+enum { XCCL_FAULT_ANY_OPERATION = -1 };
+
+/* Phase: the operation comes to wait for others. It has published what it can by then. */
+enum { XCCL_FAULT_WAITS = -1 };
+
+/* A fault strikes when its rank comes for the nth time to a phase of an operation. */
+typedef struct xccl_fault_t {
+    int32_t operation; /* see xccl_fault_operation */
+    int32_t phase;     /* as in xccl_rank_info_t: 0 when it begins */
+    int32_t action;    /* xccl_fault_action_t */
+    int32_t word;      /* corrupt: 0 is the word that publishes its line, 1 to 7 are those that follow */
+    uint64_t nth;      /* counted from 1 since the injection; 0: each time */
+    int64_t ns;
+    uint64_t bits;
+} xccl_fault_t;
+
+/* Name of the operation with this number, as xccl_rank_info_t has it, also of put, get, put_signal, signal_op and
+ * atomic, which it does not show; NULL beyond the last. */
+const char *xccl_fault_operation(int operation);
+
+/* From now on these faults strike this rank, instead of earlier ones; with count 0 none. For tests. USAGE if one makes no
+ * sense, or would kill or stop a process with several ranks. */
+int xccl_fault_inject(xccl_world_t *world, const xccl_fault_t *faults, int count);
 
 /* ---- communicators ------------------------------------------------------------------------------------- */
 

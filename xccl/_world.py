@@ -23,6 +23,8 @@ class World:
     With `session` None the object may be of any session: its name was proof enough.
     """
 
+    thread = 0  # that has opened it, see xccl.faults
+
     def __init__(self, fd: int, rank: int, size: int, session: str | None) -> None:
         out = ffi.new("xccl_world_t **")
         check(lib.xccl_shm_attach(fd, rank, ffi.NULL if session is None else session.encode(), out))

@@ -111,6 +111,10 @@ class XcclRaceError(XcclError):
     """
 
 
+class XcclInjected(XcclError):
+    """A fault that was injected on purpose (see `xccl.faults`): the message names operation and fault."""
+
+
 class XcclOutOfMemory(XcclError, MemoryError):
     """Shared memory or address space is used up. The message tells needed, free, and what to change."""
 
