@@ -139,7 +139,7 @@ struct xccl_request_t {
     uint64_t bytes;
     xccl_message_t message; /* receive: what came */
     int status;             /* when done */
-    char *text;             /* its message */
+    struct xccl_failure_t *failure; /* why, if it failed */
     uint64_t order;         /* receive: place in posting order */
     /* send */
     xccl_p2p_kind_t way; /* INLINE, FIRST (chunks) or OFFER */

@@ -2,6 +2,7 @@
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* Long enough for a timeout report with one line a rank of a large world; longer ones are cut at the end. */
@@ -44,6 +45,26 @@ int xccl_fail_lost(int rank, const xccl_rank_info_t *info, const char *format, .
     about = rank;
     about_lost = *info;
     return XCCL_ERR_PEER_LOST;
+}
+
+xccl_failure_t *xccl_failure_keep(void) {
+    size_t bytes = strlen(message) + 1;
+    xccl_failure_t *failure = malloc(sizeof *failure + bytes);
+    if (!failure)
+        return NULL;
+    failure->about = about;
+    failure->lost = about_lost;
+    memcpy(failure->text, message, bytes);
+    return failure;
+}
+
+int xccl_failure_again(const xccl_failure_t *failure, int status) {
+    if (!failure)
+        return xccl_fail(status, "no memory for the error message");
+    xccl_fail(status, "%s", failure->text);
+    about = failure->about;
+    about_lost = failure->lost;
+    return status;
 }
 
 void xccl_error_lost(xccl_rank_info_t *out) {

@@ -5,6 +5,19 @@
 
 #include "xccl.h"
 
+/* An error of this thread, kept for later. */
+typedef struct xccl_failure_t {
+    int about;
+    xccl_rank_info_t lost;
+    char text[];
+} xccl_failure_t;
+
+/* The last error, with all that is known of it; NULL: no memory. To be freed. */
+xccl_failure_t *xccl_failure_keep(void);
+
+/* Makes a kept error the last one again, and returns `status`. */
+int xccl_failure_again(const xccl_failure_t *failure, int status);
+
 /* Records the message and returns `status`, so that callers write `return xccl_fail(...)`. */
 int xccl_fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
