@@ -139,7 +139,8 @@ static int act(xccl_world_t *world, int index, int op, int phase) {
 
 int xccl_fault_strike(xccl_world_t *world, int op, int phase) {
     struct xccl_faults_t *plan = world->faults;
-    for (int i = 0; i < plan->count; i++) {
+    int status = XCCL_OK;
+    for (int i = 0; i < plan->count; i++) { /* to the end: each rule counts its visits */
         rule_t *rule = &plan->rules[i];
         const xccl_fault_t *fault = &rule->fault;
         if (fault->phase != phase ||
@@ -148,11 +149,11 @@ int xccl_fault_strike(xccl_world_t *world, int op, int phase) {
         rule->hits++;
         if (fault->nth != 0 && fault->nth != rule->hits)
             continue;
-        int status = act(world, i, op, phase);
-        if (status != XCCL_OK)
-            return status;
+        int outcome = act(world, i, op, phase);
+        if (outcome != XCCL_OK)
+            status = outcome;
     }
-    return XCCL_OK;
+    return status;
 }
 
 /* ---- corruption ---- */
