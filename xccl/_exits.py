@@ -14,7 +14,8 @@ _OF_A_SHELL = 128  # a shell exits with 128 + n when signal n killed its child
 class Exits:
     """Puts into the rank table why ranks died, where the others find it.
 
-    A code is an exit code, or minus the number of a signal.
+    A code is an exit code, or minus the number of a signal. "Its process" is what the launcher started as a rank: the
+    rank itself, or a shell in front of it.
     """
 
     def __init__(self, observer: Observer) -> None:
@@ -32,12 +33,15 @@ class Exits:
         except ValueError:
             return f"killed by signal {-code}"
 
+    def of_rank(self, rank: int, pid: int, code: int) -> int:
+        """The rank's own code, from that of its process: a shell tells of a signal in its own way."""
+        behind_shell = self._observer.pid(rank) != pid
+        return _OF_A_SHELL - code if behind_shell and code > _OF_A_SHELL else code
+
     def note(self, rank: int, pid: int, code: int) -> None:
-        """Tells the ranks how the process `pid`, which was started as `rank`, has ended."""
-        if self._observer.pid(rank) != pid:  # a shell, which has reaped the rank
-            if code <= _OF_A_SHELL:
-                return
-            code = _OF_A_SHELL - code
+        """Tells the ranks how `rank`, whose process is `pid`, ended. `code` is its own."""
+        if self._observer.pid(rank) != pid and code >= 0:
+            return  # that of a shell, which need not be the rank's
         if self._is_out_of_memory(code):
             self._observer.note_exit(rank, lib.XCCL_EXIT_MEMORY, -code)
         elif code < 0:

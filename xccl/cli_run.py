@@ -129,9 +129,10 @@ class Job:
                 return self.fail_timeout(timeout)
             for rank in self.turn(deadline):
                 unseen.remove(rank)
-                code = self.processes[rank].wait()
+                process = self.processes[rank]
+                code = self.exits.of_rank(rank, process.pid, process.wait())
                 if code < 0 and self.keep_going:
-                    self.exits.note(rank, self.processes[rank].pid, code)
+                    self.exits.note(rank, process.pid, code)
                     self.say(f"{self.describe_end(rank, code)}; the others go on")
                 elif code != 0:
                     return self.fail(rank, code)
