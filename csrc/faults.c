@@ -95,8 +95,8 @@ static void delay(int64_t ns) {
         ;
 }
 
-/* A timer goes on while its process is stopped, and SIGCONT wakes it. It is sent again and again: the first one may come
- * before the process has stopped. */
+/* A timer goes on while its process is stopped, and SIGCONT wakes it. It is sent again and again: the first one may
+ * come before the process has stopped. */
 static void stop(int64_t ns) {
     timer_t timer;
     struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGCONT};
@@ -122,8 +122,9 @@ static int act(xccl_world_t *world, int index, int op, int phase) {
         delay(fault->ns);
         break;
     case XCCL_FAULT_RAISE:
-        return xccl_fail_about(XCCL_ERR_INJECTED, world->rank, "rank %d: %s fails as planned, %s (fault %d of the plan)",
-                               world->rank, xccl_race_op_name(op),
+        return xccl_fail_about(XCCL_ERR_INJECTED, world->rank,
+                               "rank %d: %s fails as planned, %s (fault %d of the plan)", world->rank,
+                               xccl_race_op_name(op),
                                phase == XCCL_FAULT_WAITS ? "as it comes to wait"
                                : phase == 0              ? "as it begins"
                                                          : "in a later phase",
@@ -143,8 +144,7 @@ int xccl_fault_strike(xccl_world_t *world, int op, int phase) {
     for (int i = 0; i < plan->count; i++) { /* to the end: each rule counts its visits */
         rule_t *rule = &plan->rules[i];
         const xccl_fault_t *fault = &rule->fault;
-        if (fault->phase != phase ||
-            (fault->operation != XCCL_FAULT_ANY_OPERATION && op_of(fault->operation) != op))
+        if (fault->phase != phase || (fault->operation != XCCL_FAULT_ANY_OPERATION && op_of(fault->operation) != op))
             continue;
         rule->hits++;
         if (fault->nth != 0 && fault->nth != rule->hits)

@@ -1,7 +1,7 @@
 /* faults.h - faults that a plan injects into this rank, for tests of whoever must stand them (shm layer; internal).
  *
- * A fault strikes at a point: when the rank begins an operation, comes to a phase of it, or comes to wait in it. Without
- * a plan each point is one predicted branch. The faults themselves are described in xccl.h.
+ * A fault strikes at a point: when the rank begins an operation, comes to a phase of it, or comes to wait in it.
+ * Without a plan each point is one predicted branch. The faults themselves are described in xccl.h.
  */
 #ifndef XCCL_FAULTS_H
 #define XCCL_FAULTS_H
@@ -11,8 +11,8 @@
 /* Does what the plan says for this point. OK, or INJECTED. */
 int xccl_fault_strike(xccl_world_t *world, int op, int phase);
 
-/* What to flip in the control word at `word` that this rank is about to publish; flips another word of its line itself if
- * the plan says so. `alone`: the rest of the line is not part of it. */
+/* What to flip in the control word at `word` that this rank is about to publish; flips another word of its line itself
+ * if the plan says so. `alone`: the rest of the line is not part of it. */
 uint64_t xccl_fault_damage(xccl_world_t *world, void *word, bool alone);
 
 static inline bool xccl_faults_are_off(const xccl_world_t *world) {

@@ -137,10 +137,10 @@ struct xccl_request_t {
     int64_t tag;
     unsigned char *buffer; /* of a send: only read */
     uint64_t bytes;
-    xccl_message_t message; /* receive: what came */
-    int status;             /* when done */
+    xccl_message_t message;         /* receive: what came */
+    int status;                     /* when done */
     struct xccl_failure_t *failure; /* why, if it failed */
-    uint64_t order;         /* receive: place in posting order */
+    uint64_t order;                 /* receive: place in posting order */
     /* send */
     xccl_p2p_kind_t way; /* INLINE, FIRST (chunks) or OFFER */
     bool sync;

@@ -154,8 +154,8 @@ static int report(const xccl_race_t *race, int window, const xccl_race_record_t 
         (unsigned long long)(common.end - start), window, block ? array_text(race, window, block) : "freed memory",
         before->rank, before->flags & XCCL_RACE_WRITE ? "writes" : "reads", xccl_race_op_name(before->op),
         site_text(race, before->rank, before->site), me, now->flags & XCCL_RACE_WRITE ? "writes" : "reads",
-        (unsigned long long)(touched.first - start), (unsigned long long)(touched.end - start), xccl_race_op_name(now->op),
-        site_text(race, me, now->site), what_orders(race, before, now->flags));
+        (unsigned long long)(touched.first - start), (unsigned long long)(touched.end - start),
+        xccl_race_op_name(now->op), site_text(race, me, now->site), what_orders(race, before, now->flags));
 }
 
 /* ---- accesses ---- */

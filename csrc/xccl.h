@@ -203,8 +203,8 @@ int xccl_shm_rank_info(const xccl_world_t *world, int rank, xccl_rank_info_t *ou
  * A descriptor that is open for reading only is enough; such an observer changes nothing and cannot abort. */
 int xccl_shm_observe(int fd, xccl_world_t **out);
 
-/* Tells the ranks how the process of `rank` ended, and wakes them. For whoever has reaped it. Nothing happens if it lives
- * or has left in order. */
+/* Tells the ranks how the process of `rank` ended, and wakes them. For whoever has reaped it. Nothing happens if it
+ * lives or has left in order. */
 void xccl_shm_note_exit(xccl_world_t *world, int rank, xccl_exit_t kind, int number);
 
 /* What the observed or attached world is. */
@@ -252,8 +252,8 @@ typedef struct xccl_fault_t {
  * atomic, which it does not show; NULL beyond the last. */
 const char *xccl_fault_operation(int operation);
 
-/* From now on these faults strike this rank, instead of earlier ones; with count 0 none. For tests. USAGE if one makes no
- * sense, or would kill or stop a process with several ranks. */
+/* From now on these faults strike this rank, instead of earlier ones; with count 0 none. For tests. USAGE if one makes
+ * no sense, or would kill or stop a process with several ranks. */
 int xccl_fault_inject(xccl_world_t *world, const xccl_fault_t *faults, int count);
 
 /* ---- communicators ------------------------------------------------------------------------------------- */

@@ -52,7 +52,10 @@ def put_signal(comm: xccl.Communicator) -> Step:
 
     def step(timeout: float) -> None:
         nonlocal rounds
-        again("put_signal", lambda: comm.put_signal(a, np.full(100, comm.rank + 1.0), right, signal=arrived, value=1, op="add"))
+        again(
+            "put_signal",
+            lambda: comm.put_signal(a, np.full(100, comm.rank + 1.0), right, signal=arrived, value=1, op="add"),
+        )
         rounds += 1
         again("wait_until", lambda: comm.wait_until(arrived, ">=", rounds, timeout=timeout))
         expect((a == left + 1).all())
@@ -219,7 +222,9 @@ PROGRAMS = {
     ),
     "split": Program(split, (*_both("split"), ("allocation", 0, 2), ("allocation", "wait", 1), ("close", 0, 1))),
     "heap": Program(heap, _HEAP),
-    "shrink": Program(shrink, (("shrink", 0, 1), ("shrink", "wait", 1), ("shrink", "wait", 2), ("allocation", 0, 1)), 4),
+    "shrink": Program(
+        shrink, (("shrink", 0, 1), ("shrink", "wait", 1), ("shrink", "wait", 2), ("allocation", 0, 1)), 4
+    ),
 }
 
 ACTIONS: tuple[Action, ...] = ("kill", "stop", "delay", "raise", "corrupt")
@@ -342,10 +347,7 @@ def run_cell(cell: Cell) -> tuple[str, str]:
     if cell.program == "shrink":
         results.pop()
     struck = results[cell.fault.rank]
-    if isinstance(struck, xccl.XcclPeerLost):
-        outcome = struck.cause
-    else:
-        outcome = struck.outcome
+    outcome = struck.cause if isinstance(struck, xccl.XcclPeerLost) else struck.outcome
     others = [result for rank, result in enumerate(results) if rank != cell.fault.rank]
     lost = [str(other) for other in others if not isinstance(other, Report)]
     if lost:

@@ -67,10 +67,15 @@ def test_a_hang_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kill_is_named_with_its_cause() -> None:
+    def gather(comm: xccl.Communicator) -> None:
+        for _ in range(5):
+            comm.all_gather(np.ones(3))
+
     def work(comm: xccl.Communicator) -> tuple[int, int, str]:
-        with pytest.raises(xccl.XcclPeerLost, match=r"dead: killed by SIGKILL\): operation \d+ \(all_gather\)") as caught:
-            for _ in range(5):
-                comm.all_gather(np.ones(3))
+        with pytest.raises(
+            xccl.XcclPeerLost, match=r"dead: killed by SIGKILL\): operation \d+ \(all_gather\)"
+        ) as caught:
+            gather(comm)
         return caught.value.rank, caught.value.pid, caught.value.cause
 
     with inject([Fault(1, "all_gather", "kill", nth=3)]):
@@ -182,9 +187,9 @@ def test_blocks_nest() -> None:
 
 
 def test_threads_can_be_delayed_but_not_killed() -> None:
-    with inject([Fault(1, "barrier", "delay", ms=1.0), Fault(0, "barrier", "raise", nth=2)]):
-        with pytest.raises(xccl.XcclAborted, match="barrier fails as planned"):
-            xccl.run(lambda comm: [comm.barrier() for _ in range(3)], 2, host="threads", timeout=60)
+    plan = [Fault(1, "barrier", "delay", ms=1.0), Fault(0, "barrier", "raise", nth=2)]
+    with inject(plan), pytest.raises(xccl.XcclAborted, match="barrier fails as planned"):
+        xccl.run(lambda comm: [comm.barrier() for _ in range(3)], 2, host="threads", timeout=60)
     with inject([Fault(1, "barrier", "kill")]), pytest.raises(xccl.XcclAborted, match="a thread cannot be killed"):
         xccl.run(lambda comm: comm.barrier(), 2, host="threads", timeout=60)
 

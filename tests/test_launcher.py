@@ -218,7 +218,6 @@ def test_the_cause_reaches_who_polls_a_request() -> None:
             while not request.test():
                 time.sleep(0.01)
         except xccl.XcclPeerLost as error:
-            assert "test cannot complete, rank 1 is lost" in str(error)
             return error.cause
         return "it came"
 

@@ -70,8 +70,8 @@ class XcclPeerLost(XcclError):
     pid : int
         Its process, in its own PID namespace; 0 if it never started.
     cause : str
-        How the process ended: "killed by SIGKILL", "exited with code 3", "killed, out of memory". Empty if nobody knows:
-        the rank left in order, or whatever started it (mpirun, torchrun) does not tell.
+        How the process ended: "killed by SIGKILL", "exited with code 3", "killed, out of memory". Empty if nobody
+        knows: the rank left in order, or whatever started it (mpirun, torchrun) does not tell.
     """
 
     def __init__(self, message: str, rank: int = -1, pid: int = 0, cause: str = "") -> None:

@@ -8,7 +8,7 @@ The same plan as JSON serves programs that one cannot change: `XCCL_FAULTS=plan.
 there is a fixture, see `xccl.pytest_plugin`.
 
 A fault strikes when its rank comes for the nth time to a phase of an operation; operation and phase are those that
-`xccl ps` and every message show. Faults are counted from when the communicator of all ranks is open, or from `inject` if
+`xccl ps` and every message show. It is counted from when the communicator of all ranks is open, or from `inject` if
 that comes later. Off, each of these points costs one predicted branch.
 """
 
@@ -138,7 +138,9 @@ def _parse(source: str | os.PathLike[str]) -> Any:
 
 def _fault(index: int, attributes: Any) -> Fault:
     if not isinstance(attributes, Mapping):
-        raise XcclUsageError(f"fault {index} of the plan: an object with rank, operation and action, got {attributes!r}")
+        raise XcclUsageError(
+            f"fault {index} of the plan: an object with rank, operation and action, got {attributes!r}"
+        )
     names = [field.name for field in dataclasses.fields(Fault)]
     if unknown := set(attributes) - set(names):
         raise XcclUsageError(f"fault {index} of the plan: unknown {sorted(unknown)}; there are {', '.join(names)}")

@@ -14,8 +14,8 @@ from xccl.errors import XcclUsageError
 class Option:
     """One option: `rc.<name>` in Python, `XCCL_<NAME>` in the environment.
 
-    `unit` is "s", "bytes" (accepts 64K, 16M, 2G), "count", "directory" (a path from the root, or nothing), "plan" (JSON or a
-    path, read by xccl.faults), or a list of words such as "auto|scalar|avx2".
+    `unit` is "s", "bytes" (accepts 64K, 16M, 2G), "count", "directory" (a path from the root, or nothing), "plan"
+    (JSON or a path, read by xccl.faults), or a list of words such as "auto|scalar|avx2".
     """
 
     name: str

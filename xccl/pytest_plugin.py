@@ -1,8 +1,8 @@
 """The pytest fixture `inject_faults`. In a conftest.py: `pytest_plugins = ["xccl.pytest_plugin"]`.
 
-    def test_survivors_go_on(inject_faults):
-        inject_faults([{"rank": 1, "operation": "dispatch", "action": "kill"}])
-        results = xccl.run(serve, 4, keep_going=True, timeout=30)
+def test_survivors_go_on(inject_faults):
+    inject_faults([{"rank": 1, "operation": "dispatch", "action": "kill"}])
+    results = xccl.run(serve, 4, keep_going=True, timeout=30)
 """
 
 from __future__ import annotations
