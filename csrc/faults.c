@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -108,7 +109,17 @@ static void stop(int64_t ns) {
         timer_delete(timer);
 }
 
+static void describe_phase(int phase, char *out, size_t bytes) {
+    if (phase == XCCL_FAULT_WAITS)
+        snprintf(out, bytes, "as it comes to wait");
+    else if (phase == 0)
+        snprintf(out, bytes, "as it begins");
+    else
+        snprintf(out, bytes, "in phase %d", phase);
+}
+
 static int act(xccl_world_t *world, int index, int op, int phase) {
+    char when[32];
     struct xccl_faults_t *plan = world->faults;
     const xccl_fault_t *fault = &plan->rules[index].fault;
     switch (fault->action) {
@@ -122,13 +133,10 @@ static int act(xccl_world_t *world, int index, int op, int phase) {
         delay(fault->ns);
         break;
     case XCCL_FAULT_RAISE:
+        describe_phase(phase, when, sizeof when);
         return xccl_fail_about(XCCL_ERR_INJECTED, world->rank,
                                "rank %d: %s fails as planned, %s (fault %d of the plan)", world->rank,
-                               xccl_race_op_name(op),
-                               phase == XCCL_FAULT_WAITS ? "as it comes to wait"
-                               : phase == 0              ? "as it begins"
-                                                         : "in a later phase",
-                               index);
+                               xccl_race_op_name(op), when, index);
     case XCCL_FAULT_CORRUPT:
         plan->damages = true;
         plan->word = fault->word;

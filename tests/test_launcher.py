@@ -66,6 +66,30 @@ def test_the_others_learn_who_failed_and_why(tmp_path: Path) -> None:
         assert why.rstrip().endswith("KeyError: 'the reason'")
 
 
+@pytest.mark.parametrize("way", ["recv", "sync send", "request"])
+def test_who_waits_in_a_message_learns_it_too(tmp_path: Path, way: str) -> None:
+    """Their errors are kept in the request, with the rank that they are about."""
+
+    def fail_on_one(comm: xccl.Communicator) -> None:
+        if comm.rank == 1:
+            time.sleep(0.3)
+            raise KeyError("the reason")
+        try:
+            if way == "recv":
+                comm.recv(np.empty(1), 1)
+            elif way == "sync send":
+                comm.send(np.ones(1), 1, mode="sync")
+            else:
+                comm.irecv(np.empty(1), 1).wait()
+        except xccl.XcclAborted as error:
+            (tmp_path / "told").write_text(f"{error.rank} {error.traceback_text}")
+            raise
+
+    with pytest.raises(xccl.XcclAborted):
+        xccl.run(fail_on_one, 2, timeout=30)
+    assert (tmp_path / "told").read_text().startswith("1 Traceback")
+
+
 WAITING = """
 import os, time, xccl
 def wait(comm):
