@@ -261,6 +261,16 @@ static void set_messages_out(xccl_coll_t *coll, const void *x, const uint64_t *s
     xccl_coll_choose_result_stores(coll, 2 * total);
 }
 
+/* Members agree on row_bytes, so all that was sent is whole rows. */
+static int check_received_rows(xccl_coll_t *coll, uint64_t row_bytes) {
+    for (int pe = 0; pe < coll->size; pe++) {
+        uint64_t bytes = coll->peers[pe].in_bytes, rest = row_bytes == 0 ? bytes : bytes % row_bytes;
+        if (rest != 0)
+            return xccl_comm_fail_damaged(coll->comm, pe, "bytes", bytes, bytes - rest, bytes - rest);
+    }
+    return XCCL_OK;
+}
+
 /* Sends all headers and receives those of all. */
 static int begin_v(xccl_coll_t *coll, const void *x, const uint64_t *send_bytes) {
     set_messages_out(coll, x, send_bytes);
@@ -316,6 +326,7 @@ int xccl_coll_all_to_all_v_begin(xccl_comm_t *comm, const void *x, const uint64_
     coll->peers[comm->rank].in_bytes = send_bytes[comm->rank];
     TRY(xccl_coll_enter(comm, (xccl_race_buffers_t){.x = x, .x_bytes = sum(send_bytes, comm->size)}));
     TRY(xccl_coll_settle(comm, begin_v(coll, x, send_bytes)));
+    TRY(xccl_coll_settle(comm, check_received_rows(coll, row_bytes)));
     for (int pe = 0; pe < comm->size; pe++)
         recv_bytes[pe] = coll->peers[pe].in_bytes;
     coll->unfinished = true;

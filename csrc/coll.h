@@ -84,6 +84,18 @@ typedef struct xccl_coll_header_t {
 } xccl_coll_header_t;
 _Static_assert(sizeof(xccl_coll_header_t) == XCCL_LINE, "a header is one line");
 
+/* A header as it was read, once: what is checked is what is used, whatever becomes of the slot. The last five are 0 for
+ * inline messages. */
+typedef struct xccl_coll_words_t {
+    uint64_t epoch, signature, bytes, offset, place, chunk, lot_bytes, result;
+} xccl_coll_words_t;
+
+/* A word that no member can have written. */
+typedef struct xccl_coll_damage_t {
+    const char *field; /* NULL: none */
+    uint64_t got, least, most;
+} xccl_coll_damage_t;
+
 /* Lines per (channel, peer) in the own window. Each has one writer, the peer, and only grows. */
 typedef enum xccl_coll_counter_t {
     XCCL_COLL_READY = 0, /* units that the peer has published to this rank */
@@ -106,7 +118,7 @@ typedef struct xccl_coll_peer_t {
     uint64_t out_bytes;
     unsigned char *in;
     uint64_t in_bytes, in_done;
-    int in_mode; /* this and what follows is copied from the header: its slot may be reused once a unit is taken */
+    int in_mode; /* this and what follows is copied from the header, and has been checked: see coll_check.c */
     uint64_t in_offset, in_place, in_chunk, in_lot_bytes, in_result;
 } xccl_coll_peer_t;
 
@@ -164,8 +176,10 @@ typedef struct xccl_coll_t {
     bool out_beyond_cache; /* input and output of all ranks exceed the last-level cache */
     bool any_size;         /* the headers tell the sizes: all_to_all_v_begin */
     bool unfinished;       /* between all_to_all_v_begin and _finish */
-    int differs;           /* a member whose header does not agree, found while waiting; -1: none */
-    uint64_t x_offset;     /* of x in the window, if x_in_place; likewise result_offset */
+    int differs;           /* a member whose header does not agree, or is damaged, found while waiting; -1: none */
+    xccl_coll_words_t different; /* its header, */
+    xccl_coll_damage_t damage;   /* or what is wrong with what it wrote */
+    uint64_t x_offset;           /* of x in the window, if x_in_place; likewise result_offset */
     uint64_t result_offset;
     uint64_t chunk_bytes; /* of a staged message */
     uint64_t lot_bytes;
@@ -193,13 +207,30 @@ int xccl_coll_check_apart(const xccl_comm_t *comm, xccl_op_t op, const void *x, 
 uint64_t xccl_coll_signature(xccl_op_t op, int reduce, xccl_dtype_t dtype, uint64_t param);
 
 /* True if the header is of this operation and as long as expected from member `pe`. */
-bool xccl_coll_agrees(const xccl_coll_t *coll, int pe, const xccl_coll_header_t *header);
+bool xccl_coll_agrees(const xccl_coll_t *coll, int pe, const xccl_coll_words_t *header);
 
+xccl_dtype_t xccl_coll_dtype_of(uint64_t signature);
 const char *xccl_coll_dtype_name(xccl_dtype_t dtype);
 const char *xccl_coll_reduce_name(xccl_reduce_op_t op);
 
-/* Describes how member `pe` differs; returns USAGE. */
-int xccl_coll_fail_mismatch(const xccl_coll_t *coll, int pe, const xccl_coll_header_t *header);
+/* Describes how member coll->differs differs; returns USAGE. */
+int xccl_coll_fail_mismatch(const xccl_coll_t *coll);
+
+/* ---- coll_check.c ---- */
+
+/* True if what the header of member `pe` says of where its message lies can be followed. If not, notes why. */
+bool xccl_coll_is_sound(xccl_coll_t *coll, int pe, const xccl_coll_words_t *header);
+
+/* Notes, and returns true, if member `pe` seems to have published more units on `channel` than it has room for. */
+bool xccl_coll_is_ahead(xccl_coll_t *coll, int pe, int channel);
+
+/* Units that a member may have published and this rank not taken: each lies in a lot, or was a message in a slot. */
+static inline uint64_t xccl_coll_most_units(const xccl_coll_t *coll) {
+    return 2 * coll->num_lots;
+}
+
+/* SYSTEM, with what was noted. */
+int xccl_coll_fail_damaged(const xccl_coll_t *coll);
 
 /* ---- coll_wait.c ---- */
 
@@ -225,6 +256,9 @@ int xccl_coll_await_taken(xccl_coll_t *coll);
 
 /* Units of `channel` that `pe` has taken. */
 uint64_t xccl_coll_units_taken(const xccl_coll_t *coll, int pe, int channel);
+
+/* Units of `channel` that `pe` says it has published to this rank. */
+uint64_t xccl_coll_units_published(const xccl_coll_t *coll, int pe, int channel);
 
 /* Waits until the next lot may be filled. */
 int xccl_coll_await_lot(xccl_coll_t *coll);
@@ -255,6 +289,9 @@ bool xccl_coll_lot_free(xccl_coll_t *coll);
 
 /* Takes the next lot; waits until it is free, and reserves its memory. */
 int xccl_coll_lot_claim(xccl_coll_t *coll);
+
+/* Bytes of the ring after which lots of this size, which is not 0, start over; alike on all members. */
+uint64_t xccl_coll_lap(const xccl_coll_t *coll, uint64_t lot_bytes);
 
 /* Place in the ring of lot `k` of an operation whose lots begin at `first`. */
 uint64_t xccl_coll_lot_place(const xccl_coll_t *coll, uint64_t first, uint64_t lot_bytes, uint64_t k);

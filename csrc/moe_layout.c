@@ -33,7 +33,8 @@ static uint64_t whole_pages(sizes_t *sizes, uint64_t bytes) {
 static uint64_t most_experts(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner) {
     uint64_t count[XCCL_MAX_RANKS] = {0}, most = 0;
     for (int64_t e = 0; e < config->num_experts; e++)
-        count[owner[e]]++;
+        if (owner[e] >= 0)
+            count[owner[e]]++;
     for (int rank = 0; rank < num_ranks; rank++)
         most = count[rank] > most ? count[rank] : most;
     return most;
@@ -52,6 +53,7 @@ static int check_config(const xccl_moe_config_t *config, int num_ranks, const in
         {"dtype", (int64_t)config->dtype, XCCL_FLOAT32, XCCL_BFLOAT16},
         {"quant", (int64_t)config->quant, XCCL_QUANT_NONE, XCCL_QUANT_INT8},
         {"simd", (int64_t)config->simd, XCCL_SIMD_AUTO, XCCL_SIMD_AVX512},
+        {"on_missing", (int64_t)config->on_missing, XCCL_MISSING_RAISE, XCCL_MISSING_ZERO},
     };
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
         if (numbers[i].value < numbers[i].min || numbers[i].value > numbers[i].max)
@@ -62,8 +64,9 @@ static int check_config(const xccl_moe_config_t *config, int num_ranks, const in
                          "ExpertParallel: num_max_tokens_per_rank * num_topk is %lld, expected at most %d",
                          (long long)(config->num_max_tokens * config->num_topk), INT32_MAX);
     for (int64_t e = 0; e < config->num_experts; e++)
-        if (owner[e] < 0 || owner[e] >= num_ranks)
-            return xccl_fail(XCCL_ERR_USAGE, "ExpertParallel: expert_map[%lld] is %d, expected a rank from 0 to %d",
+        if (owner[e] < -1 || owner[e] >= num_ranks)
+            return xccl_fail(XCCL_ERR_USAGE,
+                             "ExpertParallel: expert_map[%lld] is %d, expected a rank from 0 to %d, or -1 for none",
                              (long long)e, owner[e], num_ranks - 1);
     return XCCL_OK;
 }

@@ -1,5 +1,6 @@
 #include "moe.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "status.h"
@@ -11,22 +12,83 @@ static const xccl_field_t *field_of(const xccl_moe_t *moe, const xccl_moe_handle
     return xccl_moe_own_line(moe, moe->layout.dispatch_field[xccl_moe_parity(handle->dispatch_epoch)], source);
 }
 
-/* What `source` has for this member. */
-static const xccl_moe_entry_t *entries_of(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, int source) {
-    return xccl_gas_at(moe->comm->world, moe->comm->ranks[source], field_of(moe, handle, source)->offset);
+static xccl_moe_arrived_t *arrived_with(xccl_moe_t *moe, const xccl_moe_handle_t *handle) {
+    return &moe->arrived[xccl_moe_parity(handle->dispatch_epoch)];
+}
+
+/* ---- what has arrived: fields and entries are read once, and checked ---- */
+
+static int make_room(const xccl_moe_t *moe, xccl_moe_arrived_t *arrived, uint64_t count) {
+    if (count <= arrived->room)
+        return XCCL_OK;
+    uint64_t room = count < 2 * arrived->room ? 2 * arrived->room : count;
+    xccl_moe_entry_t *entries = realloc(arrived->entries, room * sizeof *entries);
+    if (!entries)
+        return xccl_fail(XCCL_ERR_MEMORY, "dispatch on rank %d: no memory to receive %llu rows", moe->comm->rank,
+                         (unsigned long long)count);
+    arrived->entries = entries;
+    arrived->room = room;
+    return XCCL_OK;
+}
+
+/* Copies what `source` has for this member behind what those before it have. */
+static int fetch_entries(xccl_moe_t *moe, const xccl_moe_handle_t *handle, int source) {
+    xccl_moe_arrived_t *arrived = arrived_with(moe, handle);
+    const xccl_field_t *field = field_of(moe, handle, source);
+    uint64_t offset = xccl_gas_read(&field->offset), count = xccl_gas_read(&field->count);
+    uint64_t most = (uint64_t)(moe->config.num_max_tokens * moe->config.num_topk);
+    if (count > most)
+        return xccl_comm_fail_damaged(moe->comm, source, "count of entries", count, 0, most);
+    uint64_t stage = moe->staging + moe->layout.dispatch_stage[xccl_moe_parity(handle->dispatch_epoch)];
+    uint64_t room = moe->layout.dispatch_scales - count * sizeof(xccl_moe_entry_t);
+    if (offset - stage > room || offset % sizeof(xccl_moe_entry_t) != 0)
+        return xccl_comm_fail_damaged(moe->comm, source, "offset of entries", offset, stage, stage + room);
+    uint64_t first = arrived->first[source];
+    int status = make_room(moe, arrived, first + count);
+    if (status != XCCL_OK)
+        return status;
+    if (count > 0)
+        xccl_gas_get_at(moe->comm->world, arrived->entries + first, moe->comm->ranks[source], offset,
+                        count * sizeof(xccl_moe_entry_t));
+    arrived->first[source + 1] = first + count;
+    return XCCL_OK;
+}
+
+/* The entries of `source` are such as it can have written, which bounds all that is indexed by them. */
+static int check_entries(xccl_moe_t *moe, const xccl_moe_handle_t *handle, int source) {
+    uint64_t num_local = xccl_moe_num_local(moe), max_tokens = (uint64_t)moe->config.num_max_tokens;
+    uint64_t num_topk = (uint64_t)moe->config.num_topk, of_token = 0;
+    const xccl_moe_arrived_t *arrived = arrived_with(moe, handle);
+    const xccl_moe_entry_t *entries = arrived->entries + arrived->first[source];
+    for (uint64_t i = 0; i < arrived->first[source + 1] - arrived->first[source]; i++) {
+        if (entries[i].local_expert >= num_local)
+            return xccl_comm_fail_damaged(moe->comm, source, "expert of an entry", entries[i].local_expert, 0,
+                                          num_local - 1);
+        if (entries[i].token >= max_tokens)
+            return xccl_comm_fail_damaged(moe->comm, source, "token of an entry", entries[i].token, 0, max_tokens - 1);
+        of_token = i > 0 && entries[i].token == entries[i - 1].token ? of_token + 1 : 1;
+        if (of_token > num_topk)
+            return xccl_comm_fail_damaged(moe->comm, source, "number of entries of a token", of_token, 1, num_topk);
+    }
+    return XCCL_OK;
 }
 
 /* row_start[source][expert]: rows of that source for that expert. */
-static void count_entries(const xccl_moe_t *moe, xccl_moe_handle_t *handle) {
+static int count_entries(xccl_moe_t *moe, xccl_moe_handle_t *handle) {
     uint64_t num_local = xccl_moe_num_local(moe);
     memset(handle->row_start, 0, (uint64_t)moe->comm->size * num_local * sizeof *handle->row_start);
+    xccl_moe_arrived_t *arrived = arrived_with(moe, handle);
     for (int source = 0; source < moe->comm->size; source++) {
-        const xccl_moe_entry_t *entries = entries_of(moe, handle, source);
-        uint64_t count = field_of(moe, handle, source)->count;
+        int status = fetch_entries(moe, handle, source);
+        if (status == XCCL_OK)
+            status = check_entries(moe, handle, source);
+        if (status != XCCL_OK)
+            return status;
         uint64_t *rows = handle->row_start + (uint64_t)source * num_local;
-        for (uint64_t i = 0; i < count; i++)
-            rows[entries[i].local_expert]++;
+        for (uint64_t i = arrived->first[source]; i < arrived->first[source + 1]; i++)
+            rows[arrived->entries[i].local_expert]++;
     }
+    return XCCL_OK;
 }
 
 /* Turns these counts into where each source's rows for an expert begin. */
@@ -67,8 +129,10 @@ int xccl_moe_dispatch_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, int64_t t
                                xccl_deadline(world, timeout_ns));
     if (status != XCCL_OK)
         return status;
-    count_entries(moe, handle);
-    status = place_rows(moe, handle, out_num_recv_per_expert);
+    status = count_entries(moe, handle);
+    moe->broken |= status == XCCL_ERR_SYSTEM;
+    if (status == XCCL_OK)
+        status = place_rows(moe, handle, out_num_recv_per_expert);
     if (status != XCCL_OK)
         return status;
     handle->phase = XCCL_MOE_COUNTED;
@@ -137,13 +201,14 @@ static uint64_t pull_token(const xccl_moe_t *moe, int source, const xccl_moe_ent
     return n;
 }
 
-static void pull_source(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, int source, const received_t *to) {
+static void pull_source(xccl_moe_t *moe, const xccl_moe_handle_t *handle, int source, const received_t *to) {
     uint64_t num_local = xccl_moe_num_local(moe);
     memcpy(moe->cursor, handle->row_start + (uint64_t)source * num_local, num_local * sizeof *moe->cursor);
     uint64_t stage_offset = moe->staging + moe->layout.dispatch_stage[xccl_moe_parity(handle->dispatch_epoch)];
     const unsigned char *stage = xccl_gas_at(moe->comm->world, moe->comm->ranks[source], stage_offset);
-    const xccl_moe_entry_t *entries = entries_of(moe, handle, source);
-    uint64_t count = field_of(moe, handle, source)->count;
+    const xccl_moe_arrived_t *arrived = arrived_with(moe, handle);
+    const xccl_moe_entry_t *entries = arrived->entries + arrived->first[source];
+    uint64_t count = arrived->first[source + 1] - arrived->first[source];
     for (uint64_t i = 0; i < count;)
         i += pull_token(moe, source, entries + i, count - i, stage, to);
 }

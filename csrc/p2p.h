@@ -84,6 +84,17 @@ static inline uint64_t xccl_p2p_bytes_of(const xccl_p2p_field_t *field) {
     return field->kind_and_bytes >> 8;
 }
 
+/* The field as it is now, read once: what is checked is what is used. */
+static inline xccl_p2p_field_t xccl_p2p_read_field(const xccl_p2p_field_t *field) {
+    enum { WORDS = sizeof(xccl_p2p_field_t) / sizeof(uint64_t) };
+    uint64_t words[WORDS];
+    xccl_p2p_field_t copy;
+    for (int i = 0; i < WORDS; i++)
+        words[i] = xccl_gas_read((const uint64_t *)field + i);
+    memcpy(&copy, words, sizeof copy);
+    return copy;
+}
+
 /* Copies up to XCCL_P2P_INLINE_BYTES; a call of memcpy would take as long as the copy. */
 static inline void xccl_p2p_copy_inline(void *to, const void *from, uint64_t bytes) {
     unsigned char *out = to;
@@ -260,6 +271,8 @@ bool xccl_p2p_take_unexpected(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_une
                               xccl_request_t *request);
 /* Gives a receive up: nothing is consumed. Frees the request. MEMORY if its half-received message cannot be kept. */
 int xccl_p2p_cancel_recv(xccl_request_t *request);
+/* OK if a new message may have this field; SYSTEM if no sender wrote it. */
+int xccl_p2p_check_field(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field);
 /* An offer that its sender has not withdrawn. */
 bool xccl_p2p_offer_lives(const xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number);
 

@@ -223,11 +223,15 @@ static bool probe_source(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, probe_t *prob
             probe->found = (xccl_message_t){in->source, message->tag, message->bytes};
             return true;
         }
-        const xccl_p2p_field_t *field = xccl_ring_peek(&in->ring);
-        if (!field)
+        const xccl_p2p_field_t *line = xccl_ring_peek(&in->ring);
+        if (!line)
             return false;
-        if (is_for_probe(p2p, in, field, probe->tag)) {
-            probe->found = (xccl_message_t){in->source, field->event_id, xccl_p2p_bytes_of(field)};
+        const xccl_p2p_field_t field = xccl_p2p_read_field(line);
+        probe->status = in->assembling ? XCCL_OK : xccl_p2p_check_field(p2p, in, &field);
+        if (probe->status != XCCL_OK)
+            return true;
+        if (is_for_probe(p2p, in, &field, probe->tag)) {
+            probe->found = (xccl_message_t){in->source, field.event_id, xccl_p2p_bytes_of(&field)};
             return true;
         }
         probe->status = xccl_p2p_pull(p2p, in, true);
@@ -304,9 +308,12 @@ uint64_t xccl_p2p_describe_unreceived(xccl_p2p_t *p2p, char *text, size_t text_b
         for (const xccl_unexpected_t *message = in->first; message; message = message->next)
             if (is_live(p2p, in, message))
                 describe(text, text_bytes, &count, source, message->tag, message->bytes);
-        const xccl_p2p_field_t *field = in->assembling ? NULL : xccl_ring_peek(&in->ring);
-        if (field && is_message(field))
-            describe(text, text_bytes, &count, source, field->event_id, xccl_p2p_bytes_of(field));
+        const xccl_p2p_field_t *line = in->assembling ? NULL : xccl_ring_peek(&in->ring);
+        if (!line)
+            continue;
+        const xccl_p2p_field_t field = xccl_p2p_read_field(line);
+        if (is_message(&field))
+            describe(text, text_bytes, &count, source, field.event_id, xccl_p2p_bytes_of(&field));
     }
     return count;
 }

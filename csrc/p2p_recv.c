@@ -5,9 +5,9 @@
 #include "copy.h"
 #include "status.h"
 
-static int corrupt(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const char *what) {
-    return xccl_fail(XCCL_ERR_SYSTEM, "rank %d: corrupt metadata from rank %d at position %llu: %s", p2p->comm->rank,
-                     in->source, (unsigned long long)in->ring.tail, what);
+static int damaged(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const char *field, uint64_t got,
+                   uint64_t least, uint64_t most) {
+    return xccl_comm_fail_damaged(p2p->comm, in->source, field, got, least, most);
 }
 
 /* ---- acknowledging ---- */
@@ -47,10 +47,15 @@ static bool take_offer(xccl_p2p_t *p2p, int source, uint64_t offset, uint64_t ac
     return true;
 }
 
-static bool offer_is_sound(const xccl_p2p_t *p2p, const xccl_p2p_field_t *field) {
-    uint64_t stride = p2p->world->stride, bytes = xccl_p2p_bytes_of(field);
-    return bytes <= stride && field->body.at.offset <= stride - bytes && field->body.at.ack > 0 &&
-           field->body.at.ack <= XCCL_P2P_MAX_ACKS;
+static int check_offer(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
+    uint64_t stride = p2p->world->stride, bytes = xccl_p2p_bytes_of(field), ack = field->body.at.ack;
+    if (bytes > stride)
+        return damaged(p2p, in, "bytes of an offer", bytes, 0, stride);
+    if (!xccl_gas_in_window(p2p->world, field->body.at.offset, bytes))
+        return damaged(p2p, in, "offset of an offer", field->body.at.offset, 0, stride - bytes);
+    if (ack - 1 >= XCCL_P2P_MAX_ACKS)
+        return damaged(p2p, in, "acknowledgement line of an offer", ack, 1, XCCL_P2P_MAX_ACKS);
+    return XCCL_OK;
 }
 
 /* ---- messages in chunks ---- */
@@ -99,6 +104,18 @@ static void take_chunk(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_
     complete_receive(receive, in->source, tag, in->bytes);
 }
 
+/* `missing` bytes of the message are to come. */
+static int check_chunk(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field,
+                       uint64_t missing) {
+    if (chunk_is_sound(in, field, missing))
+        return XCCL_OK;
+    uint64_t data_bytes = in->ring.shape.data_bytes, length = field->body.at.length;
+    uint64_t most = missing < data_bytes ? missing : data_bytes;
+    if (length > most || (length == 0 && missing > 0))
+        return damaged(p2p, in, "length of a chunk", length, missing > 0, most);
+    return damaged(p2p, in, "offset of a chunk", field->body.at.offset, 0, data_bytes - length);
+}
+
 /* The sender gave up halfway: the receive waits again, as if nothing had come. */
 static void take_cancel(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in) {
     xccl_request_t *receive = in->request;
@@ -115,33 +132,37 @@ static void take_cancel(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in) {
 
 static int continue_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
     xccl_p2p_kind_t kind = xccl_p2p_kind_of(field);
-    if (kind == XCCL_P2P_CANCEL)
+    if (kind == XCCL_P2P_CANCEL) {
         take_cancel(p2p, in);
-    else if (kind == XCCL_P2P_CHUNK && xccl_p2p_bytes_of(field) == in->bytes &&
-             chunk_is_sound(in, field, in->bytes - in->received))
+        return XCCL_OK;
+    }
+    if (kind != XCCL_P2P_CHUNK)
+        return damaged(p2p, in, "kind of a further chunk", (uint64_t)kind, XCCL_P2P_CHUNK, XCCL_P2P_CHUNK);
+    if (xccl_p2p_bytes_of(field) != in->bytes)
+        return damaged(p2p, in, "bytes of the message, in a further chunk,", xccl_p2p_bytes_of(field), in->bytes,
+                       in->bytes);
+    int status = check_chunk(p2p, in, field, in->bytes - in->received);
+    if (status == XCCL_OK)
         take_chunk(p2p, in, field);
-    else
-        return corrupt(p2p, in, "the next chunk of a message was due");
-    return XCCL_OK;
+    return status;
 }
 
 /* ---- new messages ---- */
 
 static void deliver(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field, xccl_request_t *receive) {
-    xccl_p2p_field_t copy = *field;
     switch (xccl_p2p_kind_of(field)) {
     case XCCL_P2P_INLINE:
         xccl_p2p_copy_inline(receive->buffer, field->body.payload, receive->bytes);
         xccl_ring_consume(&in->ring, false);
         xccl_p2p_unpost(receive);
-        complete_receive(receive, in->source, copy.event_id, receive->bytes);
+        complete_receive(receive, in->source, field->event_id, receive->bytes);
         return;
     case XCCL_P2P_OFFER:
         xccl_ring_consume(&in->ring, false);
-        if (!take_offer(p2p, in->source, copy.body.at.offset, copy.body.at.ack, copy.body.at.number, receive))
+        if (!take_offer(p2p, in->source, field->body.at.offset, field->body.at.ack, field->body.at.number, receive))
             return;
         xccl_p2p_unpost(receive);
-        complete_receive(receive, in->source, copy.event_id, receive->bytes);
+        complete_receive(receive, in->source, field->event_id, receive->bytes);
         return;
     default:
         xccl_p2p_unpost(receive);
@@ -183,18 +204,22 @@ static int keep(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t
     return XCCL_OK;
 }
 
-static int check_field(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
-    switch (xccl_p2p_kind_of(field)) {
+int xccl_p2p_check_field(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
+    uint64_t bytes = xccl_p2p_bytes_of(field);
+    xccl_p2p_kind_t kind = xccl_p2p_kind_of(field);
+    switch (kind) {
     case XCCL_P2P_INLINE:
-        return xccl_p2p_bytes_of(field) <= XCCL_P2P_INLINE_BYTES ? XCCL_OK : corrupt(p2p, in, "too long for its field");
+        return bytes <= XCCL_P2P_INLINE_BYTES
+                   ? XCCL_OK
+                   : damaged(p2p, in, "bytes of an inline message", bytes, 0, XCCL_P2P_INLINE_BYTES);
     case XCCL_P2P_FIRST:
-        if (!chunk_is_sound(in, field, xccl_p2p_bytes_of(field)))
-            return corrupt(p2p, in, "a chunk outside the data area");
-        return field->body.at.ack <= XCCL_P2P_MAX_ACKS ? XCCL_OK : corrupt(p2p, in, "no such acknowledgement line");
+        if (field->body.at.ack > XCCL_P2P_MAX_ACKS)
+            return damaged(p2p, in, "acknowledgement line", field->body.at.ack, 0, XCCL_P2P_MAX_ACKS);
+        return check_chunk(p2p, in, field, bytes);
     case XCCL_P2P_OFFER:
-        return offer_is_sound(p2p, field) ? XCCL_OK : corrupt(p2p, in, "an offer outside the window");
+        return check_offer(p2p, in, field);
     default:
-        return corrupt(p2p, in, "a new message was due");
+        return damaged(p2p, in, "kind of a new message", (uint64_t)kind, XCCL_P2P_INLINE, XCCL_P2P_OFFER);
     }
 }
 
@@ -205,7 +230,7 @@ static bool is_wanted(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in) {
 static int take_message(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field, bool drain) {
     if (!drain && !is_wanted(p2p, in))
         return XCCL_OK;
-    int status = check_field(p2p, in, field);
+    int status = xccl_p2p_check_field(p2p, in, field);
     if (status != XCCL_OK)
         return status;
     xccl_request_t *receive = xccl_p2p_match(p2p, in->source, field->event_id, xccl_p2p_bytes_of(field));
@@ -217,15 +242,17 @@ static int take_message(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p
 }
 
 static int pull(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, bool drain) {
-    const xccl_p2p_field_t *field;
+    const xccl_p2p_field_t *line;
     /* step 4: poll the own metadata area */
-    if (!in->assembling && (field = xccl_ring_peek(&in->ring))) {
-        int status = take_message(p2p, in, field, drain);
+    if (!in->assembling && (line = xccl_ring_peek(&in->ring))) {
+        const xccl_p2p_field_t field = xccl_p2p_read_field(line);
+        int status = take_message(p2p, in, &field, drain);
         if (status != XCCL_OK)
             return status;
     }
-    while (in->assembling && (field = xccl_ring_peek(&in->ring))) {
-        int status = continue_assembly(p2p, in, field);
+    while (in->assembling && (line = xccl_ring_peek(&in->ring))) {
+        const xccl_p2p_field_t field = xccl_p2p_read_field(line);
+        int status = continue_assembly(p2p, in, &field);
         if (status != XCCL_OK)
             return status;
     }
@@ -330,23 +357,27 @@ static bool only_ring_serves(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *i
 /* Takes the next message without a request, if it is there, is the one asked for, and has come whole. */
 static bool receive_at_once(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buffer, uint64_t bytes, int64_t tag,
                             xccl_message_t *out) {
-    const xccl_p2p_field_t *field = xccl_ring_peek(&in->ring);
-    if (!field || xccl_p2p_bytes_of(field) != bytes || (tag != XCCL_ANY_TAG && tag != field->event_id))
+    const xccl_p2p_field_t *line = xccl_ring_peek(&in->ring);
+    if (!line)
         return false;
-    if (xccl_p2p_kind_of(field) == XCCL_P2P_INLINE && bytes <= XCCL_P2P_INLINE_BYTES) {
-        *out = (xccl_message_t){in->source, field->event_id, bytes};
-        xccl_p2p_copy_inline(buffer, field->body.payload, bytes);
+    xccl_p2p_field_t field = {.event_id = (int64_t)xccl_gas_read(&line->event_id),
+                              .kind_and_bytes = xccl_gas_read(&line->kind_and_bytes)};
+    if (xccl_p2p_bytes_of(&field) != bytes || (tag != XCCL_ANY_TAG && tag != field.event_id))
+        return false;
+    if (xccl_p2p_kind_of(&field) == XCCL_P2P_INLINE && bytes <= XCCL_P2P_INLINE_BYTES) {
+        *out = (xccl_message_t){in->source, field.event_id, bytes};
+        xccl_p2p_copy_inline(buffer, line->body.payload, bytes);
         xccl_ring_consume(&in->ring, false);
         return true;
     }
-    if (xccl_p2p_kind_of(field) != XCCL_P2P_FIRST || field->body.at.length != bytes ||
-        !chunk_is_sound(in, field, bytes) || field->body.at.ack > XCCL_P2P_MAX_ACKS)
+    field = xccl_p2p_read_field(line);
+    if (xccl_p2p_kind_of(&field) != XCCL_P2P_FIRST || field.body.at.length != bytes ||
+        !chunk_is_sound(in, &field, bytes) || field.body.at.ack > XCCL_P2P_MAX_ACKS)
         return false;
-    *out = (xccl_message_t){in->source, field->event_id, bytes};
-    uint64_t ack = field->body.at.ack, number = field->body.at.number;
-    xccl_copy(buffer, in->ring.data + field->body.at.offset, bytes);
-    xccl_ring_consume(&in->ring, xccl_p2p_hands_back(field));
-    acknowledge(p2p, in->source, ack, number);
+    *out = (xccl_message_t){in->source, field.event_id, bytes};
+    xccl_copy(buffer, in->ring.data + field.body.at.offset, bytes);
+    xccl_ring_consume(&in->ring, xccl_p2p_hands_back(&field));
+    acknowledge(p2p, in->source, field.body.at.ack, field.body.at.number);
     return true;
 }
 

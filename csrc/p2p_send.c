@@ -197,11 +197,20 @@ static void end_publishing(xccl_p2p_t *p2p, xccl_request_t *send, int status) {
     }
 }
 
+/* A full ring has to wait for its tail word; one that holds nonsense never tells. */
+static int check_tail(const xccl_p2p_t *p2p, const xccl_ring_producer_t *ring, int dest) {
+    if (!ring->has_bad_tail)
+        return XCCL_AGAIN;
+    return xccl_comm_fail_damaged(p2p->comm, dest, "tail of the ring", ring->bad_tail, ring->cached_tail, ring->head);
+}
+
 void xccl_p2p_push(xccl_p2p_t *p2p, int dest) {
     xccl_p2p_outgoing_t *out = &p2p->outgoing[dest];
     uint64_t before = out->ring.head;
     while (out->queue.first) {
         int status = publish(out, out->queue.first);
+        if (status == XCCL_AGAIN)
+            status = check_tail(p2p, &out->ring, dest);
         if (status == XCCL_AGAIN)
             break;
         end_publishing(p2p, out->queue.first, status);
@@ -237,8 +246,8 @@ static bool withdraw(xccl_request_t *send) {
     uint64_t offered = xccl_p2p_ack_word(send->number, XCCL_P2P_OFFERED);
     uint64_t seen = xccl_gas_compare_swap_at(world, world->rank, offset, offered,
                                              xccl_p2p_ack_word(send->number, XCCL_P2P_WITHDRAWN));
-    if (seen == offered)
-        return false;
+    if (seen != xccl_p2p_ack_word(send->number, XCCL_P2P_TAKEN))
+        return seen == xccl_p2p_ack_word(send->number, XCCL_P2P_RECEIVED); /* else withdrawn, or the word is damaged */
     /* Copying is under way: this ends soon, or the receiver has died. */
     enum { COPY_SECONDS = 60 };
     (void)xccl_wait_word(world, xccl_gas_local(world, offset), xccl_p2p_ack_word(send->number, XCCL_P2P_RECEIVED),

@@ -142,6 +142,8 @@ static const char *fault_of(const xccl_config_t *config) {
         return "coll_block_bytes";
     if (config->heap_bytes > UINT64_MAX / 16 / XCCL_MAX_RANKS)
         return "heap_bytes";
+    if (config->cores < 1)
+        return "cores";
     if (config->timeout_ns < 0 || config->init_timeout_ns < 0)
         return "timeout";
     return NULL;

@@ -44,6 +44,7 @@ typedef enum xccl_op_t {
     XCCL_OP_DISPATCH,
     XCCL_OP_COMBINE,
     XCCL_OP_EP_OPEN,
+    XCCL_OP_EP_ALIVE,
     XCCL_OP_SHRINK,
     XCCL_OP_COUNT
 } xccl_op_t;

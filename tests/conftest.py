@@ -36,3 +36,9 @@ def _nothing_left_behind() -> Iterator[None]:
     assert _shared_objects() <= objects, "a test left a shared object in /dev/shm"
     assert _children() <= children, "a test left a child process"
     assert sys.float_info.min / 2 != 0, "a test left denormals switched off: later tests compute other bits"
+
+
+@pytest.fixture
+def rings_of_512_kib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rings of a known length, for tests that fill them; else it follows the size of the machine's caches."""
+    monkeypatch.setenv("XCCL_P2P_SLOTS", "8")

@@ -136,6 +136,15 @@ def moe(comm: xccl.Communicator) -> Step:
     return step
 
 
+def masks(comm: xccl.Communicator) -> Step:
+    ep = xccl.ExpertParallel(comm, num_experts=5, hidden=16, num_topk=2, num_max_tokens_per_rank=8, dtype="float32")
+
+    def step(timeout: float) -> None:
+        again("set_alive", lambda: ep.set_alive([True] * comm.size, timeout=timeout))
+
+    return step
+
+
 def split(comm: xccl.Communicator) -> Step:
     def step(timeout: float) -> None:
         group = again("split", lambda: comm.split(comm.rank % 2, timeout=timeout))
@@ -220,6 +229,7 @@ PROGRAMS = {
     "combine": Program(
         moe, (("combine", 0, 1), ("combine", 0, 2), ("combine", 1, 2), ("combine", 2, 1), ("combine", "wait", 2))
     ),
+    "set_alive": Program(masks, _both("set_alive")),
     "split": Program(split, (*_both("split"), ("allocation", 0, 2), ("allocation", "wait", 1), ("close", 0, 1))),
     "heap": Program(heap, _HEAP),
     "shrink": Program(

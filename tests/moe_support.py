@@ -75,25 +75,40 @@ class Batch:
     xs: list[np.ndarray]
     idxs: list[np.ndarray]
     weights: list[np.ndarray]
+    alive: list[bool] | None = None
     received: list[reference.Received] = field(init=False)
     ys: list[np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
         layer = self.layer
         self.received = reference.dispatch(
-            self.xs, self.idxs, layer.num_experts, expert_map=layer.expert_map, quant=layer.quant
+            self.xs, self.idxs, layer.num_experts, expert_map=layer.expert_map, alive=self.alive, quant=layer.quant
         )
         self.ys = [expert_outputs(r, layer) for r in self.received]
 
     def raw(self) -> list[reference.Received]:
         layer = self.layer
         return reference.dispatch(
-            self.xs, self.idxs, layer.num_experts, expert_map=layer.expert_map, quant=layer.quant, dequantize=False
+            self.xs,
+            self.idxs,
+            layer.num_experts,
+            expert_map=layer.expert_map,
+            alive=self.alive,
+            quant=layer.quant,
+            dequantize=False,
         )
 
-    def outs(self, weighted: bool) -> list[np.ndarray]:
+    def outs(self, weighted: bool, on_missing: str = "raise") -> list[np.ndarray]:
         weights = self.weights if weighted else None
-        return reference.combine(self.ys, self.idxs, self.layer.num_experts, weights, expert_map=self.layer.expert_map)
+        return reference.combine(
+            self.ys,
+            self.idxs,
+            self.layer.num_experts,
+            weights,
+            expert_map=self.layer.expert_map,
+            alive=self.alive,
+            on_missing=on_missing,
+        )
 
 
 def expert_outputs(received: reference.Received, layer: Layer) -> np.ndarray:
@@ -105,7 +120,7 @@ def expert_outputs(received: reference.Received, layer: Layer) -> np.ndarray:
         return (received.recv_x.astype(np.float32) * (local[:, None] + 0.75)).astype(layer.dtype)
 
 
-def random_batch(rng: np.random.Generator, layer: Layer) -> Batch:
+def random_batch(rng: np.random.Generator, layer: Layer, alive: list[bool] | None = None) -> Batch:
     """Random routing: -1 and duplicates, skew, any number of tokens, none on some ranks."""
     tokens = rng.integers(0, layer.max_tokens + 1, layer.size) * (rng.random(layer.size) < 0.8)
     holes, skew = rng.choice([0, 0.3, 1], p=[0.4, 0.5, 0.1]), rng.choice([1, 4])
@@ -118,7 +133,7 @@ def random_batch(rng: np.random.Generator, layer: Layer) -> Batch:
         idx = (rng.random((n, layer.num_topk)) ** skew * layer.num_experts).astype(np.int64)
         idxs.append(np.where(rng.random(idx.shape) < holes, -1, idx))
         weights.append(rng.standard_normal(idx.shape).astype(np.float32))
-    return Batch(layer, xs, idxs, weights)
+    return Batch(layer, xs, idxs, weights, alive)
 
 
 def check_received(batch: Batch, rank: int, recv_x: np.ndarray, handle: object, what: object = "") -> None:

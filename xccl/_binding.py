@@ -62,6 +62,7 @@ _ERRORS: dict[int, type[errors.XcclError]] = {
     lib.XCCL_ERR_SYSTEM: errors.XcclSystemError,
     lib.XCCL_ERR_RACE: errors.XcclRaceError,
     lib.XCCL_ERR_INJECTED: errors.XcclInjected,
+    lib.XCCL_ERR_MISSING: errors.XcclMissingExperts,
 }
 
 _pending_interrupt: list[BaseException] = []

@@ -1,0 +1,95 @@
+"""What the parts of an expert-parallel group share: whether it can be used, and checks of arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from xccl._binding import array_address, ffi, readable, writable
+from xccl.communicator import Communicator
+from xccl.errors import XcclUsageError
+
+Array = np.ndarray[Any, Any]
+
+_INT64 = np.dtype(np.int64)
+_FLOAT32 = np.dtype(np.float32)
+
+_POINTER, _INT64_POINTER, _FLOAT_POINTER = (ffi.typeof(name) for name in ("void *", "int64_t *", "float *"))
+
+
+class MoeGroup:
+    """An open group as the C core knows it. Errors name operation and rank."""
+
+    comm: Communicator
+    hidden: int
+    num_topk: int
+    dtype: np.dtype[Any]
+    _c: Any  # None once closed
+    _failure: str
+
+    def _group(self, operation: str) -> Any:
+        """The C group; raises if it cannot be used any more."""
+        self.comm._handle()
+        if self._c is None:
+            raise self._error(operation, "this ExpertParallel is closed")
+        if self._failure:
+            raise self._error(operation, f"unusable since {self._failure}: make a new one on all ranks")
+        return self._c
+
+    def _fail(self, operation: str, error: BaseException) -> None:
+        """A peer may wait for what this rank did not finish: no later operation can be trusted."""
+        self._failure = f"{operation} failed halfway ({type(error).__name__})"
+
+    def _error(self, operation: str, text: str) -> XcclUsageError:
+        return XcclUsageError(f"{operation} on rank {self.comm.rank}: {text}")
+
+    def _rows(
+        self, operation: str, name: str, a: Array, dtype: np.dtype[Any] | None = None, *, write: bool = False
+    ) -> Any:
+        """Pointer to rows of `hidden` elements."""
+        address = (writable if write else readable)(a, name, f"{operation} on rank {self.comm.rank}")
+        expected = dtype or self.dtype
+        if a.ndim != 2 or a.shape[1] != self.hidden or a.dtype != expected:
+            raise self._error(operation, f"{name} is {kind_of(a)}, expected {expected} [rows, {self.hidden}]")
+        return address
+
+    def _slots(self, operation: str, name: str, a: Array, num_tokens: int, dtype: np.dtype[Any]) -> Any:
+        """Pointer to one number for each token and expert slot."""
+        address = readable(a, name, f"{operation} on rank {self.comm.rank}")
+        if a.shape != (num_tokens, self.num_topk) or a.dtype != dtype:
+            expected = f"{dtype} [{num_tokens}, {self.num_topk}]"
+            raise self._error(operation, f"{name} is {kind_of(a)}, expected {expected} [num_tokens, num_topk]")
+        return ffi.cast(_INT64_POINTER if dtype == _INT64 else _FLOAT_POINTER, address)
+
+    def _weights(self, operation: str, a: Array | None, num_tokens: int) -> Any:
+        if a is None:
+            return ffi.NULL
+        return self._slots(operation, "topk_weights", a, num_tokens, _FLOAT32)
+
+    def _outputs(self, y: Array, num_recv: int) -> None:
+        """y may have distant rows, but each must be contiguous."""
+        if not isinstance(y, np.ndarray):
+            raise self._error("combine", f"y must be a NumPy array, got {type(y).__name__}")
+        if y.shape != (num_recv, self.hidden) or y.dtype != self.dtype:
+            raise self._error("combine", f"y is {kind_of(y)}, expected {self.dtype} [{num_recv}, {self.hidden}]")
+        contiguous = y.strides[1] == y.itemsize or self.hidden == 1
+        ascending = y.strides[0] >= self.hidden * y.itemsize or num_recv == 1
+        if num_recv > 0 and not (contiguous and ascending):
+            raise self._error(
+                "combine",
+                f"rows of y must be contiguous and ascending, got strides {y.strides}: pass "
+                "numpy.ascontiguousarray(...) of it (nothing is copied silently)",
+            )
+
+
+def start_of(y: Array) -> Any:
+    """Pointer to the first row, also where rows are apart."""
+    if y.flags.c_contiguous:
+        return readable(y, "y", "combine")
+    return ffi.cast(_POINTER, array_address(y))
+
+
+def kind_of(a: Array) -> str:
+    """An array in words: dtype and shape."""
+    return f"{a.dtype} {list(a.shape)}"
