@@ -15,7 +15,7 @@ BUILD_INPUTS := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c) csrc/build_binding
 SOAK_KILLS ?= 100
 SOAK_SEED ?= 0
 
-.PHONY: serve precoder test test-env asan ubsan tsan models mutants soak soak-kill targets performance lint format docs \
+.PHONY: serve precoder test test-env asan ubsan tsan models mutants soak soak-kill soak-faults targets performance lint format docs \
     wheel clean
 
 serve: $(VENV)/.installed-serve
@@ -39,6 +39,10 @@ test-env: $(VENV)/.installed-test
 soak-kill: $(VENV)/.installed-test
 	$(BIN)/python tests/soak_kill.py --kills $(SOAK_KILLS) --seed $(SOAK_SEED)
 
+# Injected faults: operation x phase x action x rank. Survivors must finish or say why.
+soak-faults: $(VENV)/.installed-test
+	$(BIN)/python tests/fault_matrix.py
+
 # Sanitizers: the C tests with ranks as threads, and, except under TSan, the Python tests that use the C core most.
 asan: $(VENV)/.installed-test
 	$(BIN)/python tests/c/sanitize.py address --package
@@ -58,7 +62,7 @@ mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants/run.py
 
 # The long campaigns, of which `make test` runs a bounded share.
-soak: asan ubsan tsan models mutants soak-kill
+soak: asan ubsan tsan models mutants soak-kill soak-faults
 	$(BIN)/python tests/c/sanitize.py address,undefined --fuzz 20000
 
 # xccl against three MPIs, which are installed if they are not there: which targets are met. About 15 minutes on 2 cores.

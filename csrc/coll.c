@@ -97,7 +97,7 @@ int xccl_coll_begin(xccl_comm_t *comm, xccl_op_t op, int reduce, xccl_dtype_t dt
         return xccl_fail(XCCL_ERR_USAGE,
                          "%s on rank %d: an all_to_all_v was begun and not finished on this communicator; finish it",
                          xccl_op_name(op), coll->rank);
-    xccl_op_begin(comm->world, op);
+    TRY(xccl_op_begin(comm->world, op));
     coll->epoch++;
     coll->signature = xccl_coll_signature(op, reduce, dtype, param);
     coll->deadline = xccl_deadline(comm->world, timeout_ns);

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "comm.h"
+#include "faults.h"
 #include "shm.h"
 
 /* The paper's 32-byte metadata field; one per (peer, channel), alone on its 64-byte line.
@@ -47,6 +48,7 @@ static inline void xccl_gas_get_at(xccl_world_t *world, void *dst, int rank, uin
 /* Stores `value` in the signal word at (rank, offset). Release: all earlier puts are visible to who sees it. */
 static inline void xccl_gas_signal_at(xccl_world_t *world, int rank, uint64_t offset, uint64_t value) {
     _Atomic uint64_t *word = xccl_gas_at(world, rank, offset);
+    value = xccl_fault_published(world, word, value);
     /* release pairs with the acquire load of the rank's wait */
     atomic_store_explicit(word, value, memory_order_release);
     xccl_ring(world, rank);
@@ -59,6 +61,7 @@ static inline void xccl_gas_field_at(xccl_world_t *world, int rank, uint64_t at,
     field->offset = offset;
     field->count = count;
     field->time = time;
+    event_id = xccl_fault_published(world, field, event_id);
     /* release pairs with the acquire load of event_id: the reader then sees the three words and all earlier puts */
     atomic_store_explicit(&field->event_id, event_id, memory_order_release);
     xccl_ring(world, rank);

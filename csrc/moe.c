@@ -301,7 +301,9 @@ static int open_group(xccl_moe_t *moe, const int32_t *owner, int64_t timeout_ns)
         return status;
     index_experts(moe, owner);
     moe->cached_bytes = cached_bytes(comm->world);
-    xccl_op_begin(comm->world, XCCL_OP_EP_OPEN);
+    status = xccl_op_begin(comm->world, XCCL_OP_EP_OPEN);
+    if (status != XCCL_OK)
+        return status;
     int64_t deadline = xccl_deadline(comm->world, timeout_ns);
     status = xccl_comm_settle(comm, agree_on_config(comm, &moe->config, owner, deadline));
     return status == XCCL_OK ? allocate_blocks(moe, timeout_ns) : status;

@@ -65,7 +65,9 @@ int xccl_moe_set_alive(xccl_moe_t *moe, const unsigned char *alive, int64_t time
     if (status != XCCL_OK)
         return status;
     xccl_comm_t *comm = moe->comm;
-    xccl_op_begin(comm->world, XCCL_OP_EP_ALIVE);
+    status = xccl_op_begin(comm->world, XCCL_OP_EP_ALIVE);
+    if (status != XCCL_OK)
+        return status;
     status = xccl_comm_settle(comm, agree_on_mask(comm, alive, xccl_deadline(comm->world, timeout_ns)));
     if (status != XCCL_OK)
         return status;

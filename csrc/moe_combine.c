@@ -106,7 +106,9 @@ int xccl_moe_combine_send(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void
     if (status != XCCL_OK)
         return status;
     const xccl_comm_t *comm = moe->comm;
-    xccl_op_begin(comm->world, XCCL_OP_COMBINE);
+    status = xccl_op_begin(comm->world, XCCL_OP_COMBINE);
+    if (status != XCCL_OK)
+        return status;
     published_t published;
     status = stage_combine(moe, handle, y, row_stride, xccl_deadline(comm->world, timeout_ns), &published);
     if (status == XCCL_OK && !xccl_race_is_off(comm->world))
@@ -206,8 +208,9 @@ static int sum_token(xccl_moe_t *moe, const xccl_moe_handle_t *handle, int64_t t
 
 static int sum_all(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *out, int64_t deadline) {
     int parity = xccl_moe_parity(handle->combine_epoch);
-    xccl_op_phase(moe->comm->world, 1);
-    int status = xccl_moe_wait_all(moe, moe->layout.combine_field[parity], handle->combine_epoch,
+    int status = xccl_op_phase(moe->comm->world, 1);
+    if (status == XCCL_OK)
+        status = xccl_moe_wait_all(moe, moe->layout.combine_field[parity], handle->combine_epoch,
                                    "combine: outputs of the experts", deadline);
     for (int rank = 0; rank < moe->comm->size && status == XCCL_OK; rank++)
         status = find_outputs(moe, handle, rank);
@@ -231,14 +234,15 @@ int xccl_moe_combine_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *out,
         return status;
     xccl_world_t *world = moe->comm->world;
     int64_t deadline = xccl_deadline(world, timeout_ns);
-    xccl_op_begin(world, XCCL_OP_COMBINE);
-    if (!summed)
+    status = xccl_op_begin(world, XCCL_OP_COMBINE);
+    if (status == XCCL_OK && !summed)
         status = sum_all(moe, handle, out, deadline);
     int parity = xccl_moe_parity(handle->combine_epoch);
     if (status == XCCL_OK && handle->in_place) {
-        xccl_op_phase(world, 2);
-        status = xccl_moe_wait_all(moe, moe->layout.combine_done[parity], handle->combine_epoch,
-                                   "combine: this rank's outputs read", deadline);
+        status = xccl_op_phase(world, 2);
+        if (status == XCCL_OK)
+            status = xccl_moe_wait_all(moe, moe->layout.combine_done[parity], handle->combine_epoch,
+                                       "combine: this rank's outputs read", deadline);
     }
     if (status != XCCL_OK)
         return status;

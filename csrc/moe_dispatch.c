@@ -149,7 +149,9 @@ int xccl_moe_dispatch_send(xccl_moe_t *moe, const void *x, int64_t num_tokens, c
     if (status != XCCL_OK)
         return status;
     xccl_world_t *world = moe->comm->world;
-    xccl_op_begin(world, XCCL_OP_DISPATCH);
+    status = xccl_op_begin(world, XCCL_OP_DISPATCH);
+    if (status != XCCL_OK)
+        return status;
     xccl_moe_handle_t *handle = xccl_moe_handle_new(moe, num_tokens);
     if (!handle)
         return XCCL_ERR_MEMORY;

@@ -119,8 +119,11 @@ int xccl_moe_dispatch_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, int64_t t
     if (status != XCCL_OK)
         return status;
     xccl_world_t *world = moe->comm->world;
-    xccl_op_begin(world, XCCL_OP_DISPATCH);
-    xccl_op_phase(world, 1);
+    status = xccl_op_begin(world, XCCL_OP_DISPATCH);
+    if (status == XCCL_OK)
+        status = xccl_op_phase(world, 1);
+    if (status != XCCL_OK)
+        return status;
     status = xccl_moe_wait_all(moe, moe->layout.dispatch_field[xccl_moe_parity(handle->dispatch_epoch)],
                                handle->dispatch_epoch, "dispatch: tokens of this rank's experts",
                                xccl_deadline(world, timeout_ns));

@@ -170,10 +170,10 @@ struct xccl_request_t {
     int64_t tag;
     unsigned char *buffer; /* of a send: only read */
     uint64_t bytes;
-    xccl_message_t message; /* receive: what came */
-    int status;             /* when done */
-    char *text;             /* its message */
-    uint64_t order;         /* receive: place in posting order */
+    xccl_message_t message;         /* receive: what came */
+    int status;                     /* when done */
+    struct xccl_failure_t *failure; /* why, if it failed */
+    uint64_t order;                 /* receive: place in posting order */
     /* send */
     xccl_p2p_kind_t way; /* INLINE, FIRST (chunks), OFFER or CMA_OFFER */
     bool sync;

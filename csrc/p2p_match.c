@@ -265,7 +265,9 @@ int xccl_p2p_probe(xccl_comm_t *comm, int source, int64_t tag, int64_t timeout_n
     int status = xccl_p2p_check_args(comm, "probe", NULL, 0, source, tag, true);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(comm->world, XCCL_OP_RECV);
+    status = xccl_op_begin(comm->world, XCCL_OP_RECV);
+    if (status != XCCL_OK)
+        return status;
     probe_t probe = {.comm = comm, .source = source, .tag = tag};
     xccl_wait_t wait = {.ready = probe_once, .awaited = probe_awaited, .arg = &probe};
     status = xccl_wait(comm->world, &wait, xccl_deadline(comm->world, timeout_ns));

@@ -417,8 +417,9 @@ int xccl_p2p_recv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, i
     int status = check_recv(comm, "recv", buffer, bytes, source, tag);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(comm->world, XCCL_OP_RECV);
-    status = xccl_progress(comm->world);
+    status = xccl_op_begin(comm->world, XCCL_OP_RECV);
+    if (status == XCCL_OK)
+        status = xccl_progress(comm->world);
     if (status != XCCL_OK)
         return status;
     xccl_p2p_t *p2p = comm->p2p;
@@ -443,9 +444,10 @@ int xccl_p2p_irecv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, 
     int status = check_recv(comm, "irecv", buffer, bytes, source, tag);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(comm->world, XCCL_OP_RECV);
     xccl_request_t *receive;
-    status = start(comm, buffer, bytes, source, tag, &receive);
+    status = xccl_op_begin(comm->world, XCCL_OP_RECV);
+    if (status == XCCL_OK)
+        status = start(comm, buffer, bytes, source, tag, &receive);
     if (status != XCCL_OK)
         return status;
     status = receive->done ? XCCL_OK : xccl_p2p_pull_from(comm->p2p, source);

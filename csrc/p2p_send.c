@@ -395,12 +395,12 @@ int xccl_p2p_send(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int des
     if (status != XCCL_OK)
         return status;
     xccl_world_t *world = comm->world;
-    if (mode == XCCL_SEND_DEFAULT && world->num_hooks == 0 && send_at_once(comm->p2p, buffer, bytes, dest, tag)) {
-        xccl_op_begin(world, XCCL_OP_SEND); /* behind it: the message is on its way meanwhile */
-        return XCCL_OK;
-    }
-    xccl_op_begin(world, XCCL_OP_SEND);
-    status = xccl_progress(world);
+    if (mode == XCCL_SEND_DEFAULT && world->num_hooks == 0 && xccl_faults_are_off(world) &&
+        send_at_once(comm->p2p, buffer, bytes, dest, tag))
+        return xccl_op_begin(world, XCCL_OP_SEND); /* behind it: the message is on its way meanwhile */
+    status = xccl_op_begin(world, XCCL_OP_SEND);
+    if (status == XCCL_OK)
+        status = xccl_progress(world);
     if (status != XCCL_OK)
         return status;
     if (mode == XCCL_SEND_DEFAULT && send_at_once(comm->p2p, buffer, bytes, dest, tag))
@@ -428,8 +428,10 @@ int xccl_p2p_isend(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int de
     int status = check_send(comm, "isend", buffer, bytes, dest, tag, mode);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(comm->world, XCCL_OP_SEND);
     xccl_request_t *send = NULL;
+    status = xccl_op_begin(comm->world, XCCL_OP_SEND);
+    if (status != XCCL_OK)
+        return status;
     status = start(comm, buffer, bytes, dest, tag, mode == XCCL_SEND_SYNC, false, &send);
     /* What has failed already is told now: the caller may wait for something else first, and for ever. */
     if (status == XCCL_OK && send->done && send->status != XCCL_OK) {

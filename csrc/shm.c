@@ -16,6 +16,7 @@
 #include "cma.h"
 #include "comm.h"
 #include "copy.h"
+#include "faults.h"
 #include "heap.h"
 #include "process.h"
 #include "racecheck.h"
@@ -443,10 +444,9 @@ static int attach(int fd, int rank, const char *session, const xccl_world_t *bes
         xccl_shm_unmap(world);
         return status;
     }
-    xccl_op_begin(world, XCCL_OP_INIT);
     ring_all(world);
     *out = world;
-    return XCCL_OK;
+    return xccl_op_begin(world, XCCL_OP_INIT);
 }
 
 int xccl_shm_attach(int fd, int rank, const char *session, xccl_world_t **out) {
@@ -514,6 +514,7 @@ void xccl_shm_unmap(xccl_world_t *world) {
     if (!world)
         return;
     xccl_race_close(world);
+    xccl_faults_close(world);
     leave_mapping(world->mapping);
     free(world->header);
     close(world->fd);

@@ -72,7 +72,7 @@ typedef struct xccl_header_t {
 } xccl_header_t;
 
 /*   rank table entry: the words written by the rank itself and those written by others are on lines apart
- *   line 0  identity: process, state                written by the rank, read by all in slow paths
+ *   line 0  identity: process, state, its end       written by the rank, after its death by others; read in slow paths
  *   line 1  sleeping: bits, see wait.c              written by the rank, read at every signal
  *   line 2  bell                                    written by ringers: the futex word
  *   line 3  what it does: operation, sequence, ...  written by the rank, read by tools
@@ -86,6 +86,7 @@ typedef struct xccl_rank_entry_t {
     _Atomic int32_t reads_peers;    /* this and the next two: see cma.h */
     _Atomic uint64_t cma_address;
     _Atomic uint64_t cma_word;
+    _Atomic int32_t ended;          /* kind << 16 | number, see xccl_exit_t; by who reaped it, once; 0: not known */
     _Alignas(64) _Atomic uint32_t sleeping;
     _Alignas(64) _Atomic uint32_t bell;
     _Alignas(64) _Atomic uint64_t sequence;
@@ -97,6 +98,7 @@ typedef struct xccl_rank_entry_t {
 
 _Static_assert(sizeof(xccl_header_t) <= XCCL_PAGE, "the header is one page");
 _Static_assert(sizeof(xccl_rank_entry_t) == 4 * XCCL_LINE, "a rank entry is four lines");
+_Static_assert(offsetof(xccl_rank_entry_t, ended) == 28, "how a rank ended is on the line of its identity");
 
 typedef struct xccl_hook_t {
     xccl_progress_fn progress;
@@ -143,15 +145,16 @@ struct xccl_world_t {
     bool outlives_peers;                   /* the current wait goes on when ranks die */
     uint64_t mourned[XCCL_MAX_RANKS / 64]; /* dead ranks that shrink has dealt with */
     struct xccl_race_t *race;              /* owned by racecheck.c; NULL: off */
+    struct xccl_faults_t *faults;          /* owned by faults.c; NULL: none are injected */
 };
 
 /* Reserves pages of the object; 0 or an errno. Never by writing, as posix_fallocate does where the file system cannot:
  * peers may be writing there. */
 int xccl_shm_reserve(int fd, uint64_t offset, uint64_t bytes);
 
-/* Note what this rank does. Relaxed stores to its own line: cheap, always on. */
-void xccl_op_begin(xccl_world_t *world, xccl_op_t op);
-void xccl_op_phase(xccl_world_t *world, int phase);
+/* Note what this rank does. Relaxed stores to its own line: cheap, always on. OK, unless a fault is injected there. */
+int xccl_op_begin(xccl_world_t *world, xccl_op_t op) __attribute__((warn_unused_result));
+int xccl_op_phase(xccl_world_t *world, int phase) __attribute__((warn_unused_result));
 
 /* Process of `rank` is gone or a zombie, though it never left; or it cannot come because the creator is gone. */
 bool xccl_shm_is_dead(const xccl_world_t *world, int rank);
@@ -159,7 +162,10 @@ bool xccl_shm_is_dead(const xccl_world_t *world, int rank);
 /* Name of an operation for messages. */
 const char *xccl_op_name(int op);
 
-/* "rank 2 (pid 123): operation 118 (combine), phase 1, attached" */
+/* "rank 2 (pid 123, alive): operation 118 (combine), phase 1, last moved 0.3 s ago" */
 void xccl_shm_describe_rank(const xccl_world_t *world, int rank, char *out, size_t bytes);
+
+/* Fails with PEER_LOST, naming the operation that cannot complete, and what is known of rank `lost` and its end. */
+int xccl_shm_fail_lost(const xccl_world_t *world, int lost, const char *operation);
 
 #endif

@@ -2,11 +2,13 @@
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* Long enough for a timeout report with one line a rank of a large world; longer ones are cut at the end. */
 static _Thread_local char message[32768];
 static _Thread_local int about = -1;
+static _Thread_local xccl_rank_info_t about_lost;
 
 const char *xccl_error_message(void) {
     return message;
@@ -33,6 +35,40 @@ int xccl_fail_about(int status, int rank, const char *format, ...) {
     va_end(args);
     about = rank;
     return status;
+}
+
+int xccl_fail_lost(int rank, const xccl_rank_info_t *info, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    about = rank;
+    about_lost = *info;
+    return XCCL_ERR_PEER_LOST;
+}
+
+xccl_failure_t *xccl_failure_keep(void) {
+    size_t bytes = strlen(message) + 1;
+    xccl_failure_t *failure = malloc(sizeof *failure + bytes);
+    if (!failure)
+        return NULL;
+    failure->about = about;
+    failure->lost = about_lost;
+    memcpy(failure->text, message, bytes);
+    return failure;
+}
+
+int xccl_failure_again(const xccl_failure_t *failure, int status) {
+    if (!failure)
+        return xccl_fail(status, "no memory for the error message");
+    xccl_fail(status, "%s", failure->text);
+    about = failure->about;
+    about_lost = failure->lost;
+    return status;
+}
+
+void xccl_error_lost(xccl_rank_info_t *out) {
+    *out = about_lost;
 }
 
 int xccl_fail_errno(int error, const char *format, ...) {

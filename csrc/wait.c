@@ -6,6 +6,7 @@
 #include <time.h>
 
 #include "doorbell.h"
+#include "faults.h"
 #include "shm.h"
 #include "status.h"
 
@@ -220,10 +221,19 @@ static int __attribute__((noinline)) wait_slowly(xccl_world_t *world, const xccl
     return status;
 }
 
+/* A fault that is planned for when the operation waits. */
+static int __attribute__((noinline)) strike(xccl_world_t *world) {
+    int op = atomic_load_explicit(&world->ranks[world->rank].operation, memory_order_relaxed);
+    return xccl_fault_strike(world, op, XCCL_FAULT_WAITS);
+}
+
 int xccl_wait(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline) {
+    int status = xccl_faults_are_off(world) ? XCCL_OK : strike(world);
+    if (status != XCCL_OK)
+        return status;
     if (wait->ready(wait->arg))
         return XCCL_OK;
-    int status = spin(world, wait, world->ladder.spin);
+    status = spin(world, wait, world->ladder.spin);
     return status == XCCL_AGAIN ? wait_slowly(world, wait, deadline) : status;
 }
 

@@ -38,13 +38,15 @@ typedef enum xccl_status_t {
     XCCL_ERR_SYSTEM = -6,      /* a system call failed */
     XCCL_ERR_INTERRUPTED = -7, /* the interrupt hook asked to stop waiting (Ctrl-C) */
     XCCL_ERR_RACE = -8,        /* the race checker found two accesses that nothing orders */
-    XCCL_ERR_MISSING = -9      /* tokens chose experts without a live rank; the combine is complete */
+    XCCL_ERR_MISSING = -9,     /* tokens chose experts without a live rank; the combine is complete */
+    XCCL_ERR_INJECTED = -10    /* a fault that was injected on purpose, see xccl_fault_inject */
 } xccl_status_t;
 
 /* Text of the calling thread's last error; valid until its next failing call. */
 const char *xccl_error_message(void);
 
-/* World rank that this error is about: who aborted, or made the other access of a race. -1: none, or the launcher. */
+/* World rank that this error is about: who aborted, is lost, or made the other access of a race. -1: none, or the
+ * launcher. */
 int xccl_error_rank(void);
 
 /* ---- element types ------------------------------------------------------------------------------------ */
@@ -107,6 +109,14 @@ typedef enum xccl_rank_state_t {
     XCCL_RANK_STOPPED = 4 /* attached, and its process is stopped: by SIGSTOP or a debugger */
 } xccl_rank_state_t;
 
+/* How the process of a rank ended, as far as whoever reaped it told. */
+typedef enum xccl_exit_t {
+    XCCL_EXIT_UNKNOWN = 0,
+    XCCL_EXIT_CODE = 1,   /* by itself, with this exit code */
+    XCCL_EXIT_SIGNAL = 2, /* killed by this signal */
+    XCCL_EXIT_MEMORY = 3  /* killed by the kernel because memory ran out */
+} xccl_exit_t;
+
 typedef struct xccl_rank_info_t {
     int32_t state; /* xccl_rank_state_t */
     int32_t pid;
@@ -116,6 +126,7 @@ typedef struct xccl_rank_info_t {
     int32_t phase;       /* step inside the operation, its own numbering */
     int32_t waits_for;   /* world rank that it waits for first, -1: none */
     int64_t moved_ns;    /* when operation or phase last changed, CLOCK_MONOTONIC */
+    char cause[32];      /* of a dead rank's end: "killed by SIGKILL"; empty: not known */
 } xccl_rank_info_t;
 
 /* What a world is, for tools. */
@@ -138,6 +149,9 @@ typedef struct xccl_missing_t {
 
 /* The index-th slot that the calling thread's last TIMEOUT lacked; XCCL_AGAIN if there are fewer (16 are kept). */
 int xccl_error_missing(int index, xccl_missing_t *out);
+
+/* What the calling thread's last PEER_LOST knew of the rank that xccl_error_rank names. */
+void xccl_error_lost(xccl_rank_info_t *out);
 
 /* Bytes of the shared object (address space; pages are reserved when they are allocated). */
 uint64_t xccl_shm_object_bytes(const xccl_config_t *config);
@@ -191,6 +205,10 @@ int xccl_shm_rank_info(const xccl_world_t *world, int rank, xccl_rank_info_t *ou
  * A descriptor that is open for reading only is enough; such an observer changes nothing and cannot abort. */
 int xccl_shm_observe(int fd, xccl_world_t **out);
 
+/* Tells the ranks how the process of `rank` ended, and wakes them. For whoever has reaped it. Nothing happens if it
+ * lives or has left in order. */
+void xccl_shm_note_exit(xccl_world_t *world, int rank, xccl_exit_t kind, int number);
+
 /* What the observed or attached world is. */
 void xccl_shm_session_info(const xccl_world_t *world, xccl_session_info_t *out);
 
@@ -204,6 +222,41 @@ int xccl_shm_die_with_parent(int parent_pid);
 /* The kernel's word to a rank that is not a child of its launcher (a shell may stand between): a thread ends this
  * process when the creator of the world ends. */
 int xccl_shm_die_with_creator(xccl_world_t *world);
+
+/* ---- shm: injected faults -------------------------------------------------------------------------------- */
+
+/* What a fault does to its rank. */
+typedef enum xccl_fault_action_t {
+    XCCL_FAULT_KILL = 0,   /* SIGKILL */
+    XCCL_FAULT_STOP = 1,   /* SIGSTOP; SIGCONT follows after `ns`, never with 0 */
+    XCCL_FAULT_DELAY = 2,  /* sleeps for `ns` */
+    XCCL_FAULT_RAISE = 3,  /* the call fails with INJECTED: at the begin of an operation before anything has happened */
+    XCCL_FAULT_CORRUPT = 4 /* flips `bits` in the next control line that the rank publishes to another one */
+} xccl_fault_action_t;
+
+enum { XCCL_FAULT_ANY_OPERATION = -1 };
+
+/* Phase: the operation comes to wait for others. It has published what it can by then. */
+enum { XCCL_FAULT_WAITS = -1 };
+
+/* A fault strikes when its rank comes for the nth time to a phase of an operation. */
+typedef struct xccl_fault_t {
+    int32_t operation; /* see xccl_fault_operation */
+    int32_t phase;     /* as in xccl_rank_info_t: 0 when it begins */
+    int32_t action;    /* xccl_fault_action_t */
+    int32_t word;      /* corrupt: 0 is the word that publishes its line, 1 to 7 are those that follow */
+    uint64_t nth;      /* counted from 1 since the injection; 0: each time */
+    int64_t ns;
+    uint64_t bits;
+} xccl_fault_t;
+
+/* Name of the operation with this number, as xccl_rank_info_t has it, also of put, get, put_signal, signal_op and
+ * atomic, which it does not show; NULL beyond the last. */
+const char *xccl_fault_operation(int operation);
+
+/* From now on these faults strike this rank, instead of earlier ones; with count 0 none. For tests. USAGE if one makes
+ * no sense, or would kill or stop a process with several ranks. */
+int xccl_fault_inject(xccl_world_t *world, const xccl_fault_t *faults, int count);
 
 /* ---- communicators ------------------------------------------------------------------------------------- */
 

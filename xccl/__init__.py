@@ -8,12 +8,13 @@
 See https://arxiv.org/abs/2508.02520 for the library that this one is modelled on.
 """
 
-from xccl import reference
+from xccl import faults, reference
 from xccl.communicator import Communicator, init
 from xccl.errors import (
     Missing,
     XcclAborted,
     XcclError,
+    XcclInjected,
     XcclMissingExperts,
     XcclOutOfMemory,
     XcclPeerLost,
@@ -49,6 +50,7 @@ __all__ = [
     "Signal",
     "XcclAborted",
     "XcclError",
+    "XcclInjected",
     "XcclMissingExperts",
     "XcclOutOfMemory",
     "XcclPeerLost",
@@ -56,6 +58,7 @@ __all__ = [
     "XcclSystemError",
     "XcclTimeout",
     "XcclUsageError",
+    "faults",
     "init",
     "rc",
     "reference",

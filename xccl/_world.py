@@ -23,6 +23,8 @@ class World:
     With `session` None the object may be of any session: its name was proof enough.
     """
 
+    thread = 0  # that has opened it, see xccl.faults
+
     def __init__(self, fd: int, rank: int, size: int, session: str | None) -> None:
         out = ffi.new("xccl_world_t **")
         check(lib.xccl_shm_attach(fd, rank, ffi.NULL if session is None else session.encode(), out))
@@ -105,6 +107,16 @@ class Observer:
         if not lib.xccl_shm_is_aborted(self._w, rank, text, lib.XCCL_ABORT_TEXT_BYTES):
             return None
         return int(rank[0]), ffi.string(text).decode(errors="replace")
+
+    def pid(self, rank: int) -> int:
+        """Process of `rank`, 0 before it has attached."""
+        info = ffi.new("xccl_rank_info_t *")
+        check(lib.xccl_shm_rank_info(self._w, rank, info))
+        return int(info.pid)
+
+    def note_exit(self, rank: int, kind: int, number: int) -> None:
+        """Tells the ranks how the process of `rank` ended (an xccl_exit_t and its number)."""
+        lib.xccl_shm_note_exit(self._w, rank, kind, number)
 
     def describe(self, rank: int) -> str:
         """What `rank` did last: "operation 118 (combine), phase 1"."""

@@ -14,9 +14,10 @@ from types import FrameType
 from typing import IO, Any
 
 from xccl._binding import check, lib
+from xccl._exits import Exits
 from xccl._object import SharedObject
 from xccl._world import Observer
-from xccl.launcher import check_nranks, describe_exit, launch_environment
+from xccl.launcher import check_nranks, launch_environment
 from xccl.options import options_text, rc
 
 ABORT_SECONDS = 0.5  # for ranks that wait in xccl to end by themselves after the world has ended
@@ -93,6 +94,7 @@ class Job:
         self.pidfds: list[int] = []
         self.shared = SharedObject(size)
         self.observer = Observer(self.shared.fd)
+        self.exits = Exits(self.observer)
 
     def start(self) -> None:
         """Starts all ranks. Rank 0 has this process's standard input, the others none."""
@@ -127,8 +129,10 @@ class Job:
                 return self.fail_timeout(timeout)
             for rank in self.turn(deadline):
                 unseen.remove(rank)
-                code = self.processes[rank].wait()
+                process = self.processes[rank]
+                code = self.exits.of_rank(rank, process.pid, process.wait())
                 if code < 0 and self.keep_going:
+                    self.exits.note(rank, process.pid, code)
                     self.say(f"{self.describe_end(rank, code)}; the others go on")
                 elif code != 0:
                     return self.fail(rank, code)
@@ -168,13 +172,15 @@ class Job:
 
     def describe_end(self, rank: int, code: int) -> str:
         """ "rank 2 (pid 123) was killed by SIGKILL in operation 118 (combine), phase 1"."""
-        end = f"rank {rank} (pid {self.processes[rank].pid}) {describe_exit(code)}"
+        end = f"rank {rank} (pid {self.processes[rank].pid}) {'was ' if code < 0 else ''}{self.exits.describe(code)}"
         return f"{end} in {self.observer.describe(rank)}" if code < 0 else end
 
     def fail(self, rank: int, code: int) -> int:
         """Ends all because `rank` ended with `code`; says who failed first."""
         end = self.describe_end(rank, code)
         aborted = self.observer.aborted_by()
+        self.observer.abort(end)
+        self.exits.note(rank, self.processes[rank].pid, code)
         self.end(end)
         if aborted is not None and aborted[0] >= 0:
             # the rank that raised has shown its traceback; ranks that followed it may have ended before it
