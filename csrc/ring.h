@@ -136,7 +136,7 @@ static inline void xccl_ring_publish(xccl_ring_producer_t *ring) {
     ring->ends[line] = ring->taken;
     ring->head++;
     /* release: content and piece are visible to whoever reads this sequence */
-    atomic_store_explicit(&ring->lines[line].sequence, ring->head, memory_order_release);
+    XCCL_PUBLISH(ring->world, &ring->lines[line].sequence, ring->head, memory_order_release);
     xccl_ring(ring->world, ring->consumer);
 }
 

@@ -125,7 +125,8 @@ struct xccl_world_t {
     char *abort_text;
     xccl_rank_entry_t *ranks;
     xccl_ladder_t ladder;
-    bool fences_by_membarrier; /* a rank that goes to sleep fences this process: see xccl_ring */
+    struct xccl_chaos_t *chaos; /* owned by chaos.c; NULL: off */
+    bool fences_by_membarrier;  /* a rank that goes to sleep fences this process: see xccl_ring */
     int64_t timeout_ns;        /* default of blocking calls */
     uint64_t opened_sequence;  /* operations begun when the world was open: the next one is the user's first */
     int64_t slow_since;        /* when the current operation's clock started; 0: not yet */
