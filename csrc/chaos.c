@@ -39,7 +39,7 @@ static const mood_t MOODS[] = {
 };
 enum { NUM_MOODS = sizeof MOODS / sizeof *MOODS };
 
-enum { SPIN_MOST = 4000, YIELDS_MOST = 4, NAP_MOST_NS = 250 * 1000, SLEEP_MOST_NS = 2500 * 1000 };
+enum { SPIN_MOST = 4000, YIELDS_MOST = 4, NAP_MOST_NS = 250 * 1000, SLEEP_MOST_NS = 2500 * 1000, STALL_MOST_NS = 600 * 1000 };
 
 static void sleep_ns(uint64_t ns) {
     nanosleep(&(struct timespec){.tv_nsec = (long)ns}, NULL);
@@ -68,8 +68,8 @@ void xccl_chaos_pause_slow(xccl_world_t *world, xccl_chaos_point_t point) {
 
 void xccl_chaos_stall_slow(xccl_world_t *world) {
     uint64_t bits = xccl_chaos_draw(world->chaos, XCCL_CHAOS_STALL);
-    if (bits % 2)
-        sleep_ns((bits >> 8) % NAP_MOST_NS);
+    if (xccl_chaos_holds_any(world->chaos) && bits % 4 != 0)
+        sleep_ns((bits >> 8) % STALL_MOST_NS);
     xccl_chaos_apply(world, XCCL_CHAOS_ALL);
 }
 

@@ -29,7 +29,7 @@ typedef enum xccl_chaos_point_t {
     XCCL_CHAOS_RUNG,  /* a rung of the wait ladder */
     XCCL_CHAOS_SLEEP, /* between arming the doorbell, the last look, and sleep */
     XCCL_CHAOS_WOKEN, /* a wait is over, before what it waited for is read */
-    XCCL_CHAOS_APPLY, /* which held put comes next */
+    XCCL_CHAOS_APPLY, /* held puts become visible */
     XCCL_CHAOS_POINTS
 } xccl_chaos_point_t;
 

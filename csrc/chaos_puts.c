@@ -47,25 +47,31 @@ static xccl_chaos_held_t *choose(xccl_chaos_t *chaos, int rank) {
     return &chaos->held[candidates[xccl_chaos_draw(chaos, XCCL_CHAOS_APPLY) % (uint64_t)count]];
 }
 
-void xccl_chaos_apply(xccl_world_t *world, int rank) {
-    for (xccl_chaos_held_t *held; (held = choose(world->chaos, rank)) != NULL;)
-        apply(world->chaos, held);
+bool xccl_chaos_holds_any(const xccl_chaos_t *chaos) {
+    for (int i = 0; i < XCCL_CHAOS_HELD; i++)
+        if (chaos->held[i].data)
+            return true;
+    return false;
 }
 
-/* Some become visible by themselves. */
-static void apply_some(xccl_chaos_t *chaos, uint64_t bits) {
-    static const unsigned PIECES[8] = {0, 0, 0, 0, 1, 1, 2, 4};
-    for (unsigned left = PIECES[bits % 8]; left > 0; left--) {
-        xccl_chaos_held_t *held = choose(chaos, XCCL_CHAOS_ALL);
-        if (held)
-            apply(chaos, held);
+void xccl_chaos_apply(xccl_world_t *world, int rank) {
+    for (xccl_chaos_held_t *held; (held = choose(world->chaos, rank)) != NULL;) {
+        apply(world->chaos, held);
+        xccl_chaos_pause_slow(world, XCCL_CHAOS_APPLY); /* others see some, and not yet the rest */
     }
+}
+
+/* Now and then one becomes visible by itself. */
+static void apply_one(xccl_chaos_t *chaos, uint64_t bits) {
+    xccl_chaos_held_t *held = bits % 8 == 0 ? choose(chaos, XCCL_CHAOS_ALL) : NULL;
+    if (held)
+        apply(chaos, held);
 }
 
 /* Also for a program that polls: what others wait for must not stay behind for ever. */
 void xccl_chaos_call_slow(xccl_world_t *world) {
     xccl_chaos_pause_slow(world, XCCL_CHAOS_CALL);
-    apply_some(world->chaos, xccl_chaos_draw(world->chaos, XCCL_CHAOS_CALL));
+    apply_one(world->chaos, xccl_chaos_draw(world->chaos, XCCL_CHAOS_CALL));
 }
 
 void xccl_chaos_fence_slow(xccl_world_t *world) {
@@ -149,7 +155,7 @@ static uint64_t end_of_piece(const unsigned char *to, uint64_t at, uint64_t byte
 bool xccl_chaos_holds_slow(xccl_world_t *world, int rank, void *to, const void *from, uint64_t bytes) {
     xccl_chaos_t *chaos = world->chaos;
     uint64_t bits = xccl_chaos_draw(chaos, XCCL_CHAOS_PUT);
-    apply_some(chaos, bits);
+    apply_one(chaos, bits);
     bool in_pieces = bits >> 8 & 1, at_once = (bits >> 9) % 4 == 0;
     bits >>= 16;
     /* a rank sees its own memory without a call */

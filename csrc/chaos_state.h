@@ -40,6 +40,8 @@ typedef struct xccl_chaos_t xccl_chaos_t;
 /* The decision at the next point of a kind: 64 random bits. */
 uint64_t xccl_chaos_draw(xccl_chaos_t *chaos, xccl_chaos_point_t point);
 
+bool xccl_chaos_holds_any(const xccl_chaos_t *chaos);
+
 /* What was put to `rank`, or to any rank with XCCL_CHAOS_ALL, becomes visible now. */
 void xccl_chaos_apply(xccl_world_t *world, int rank);
 
