@@ -14,8 +14,10 @@ BUILD_INPUTS := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c) csrc/build_binding
 
 SOAK_KILLS ?= 100
 SOAK_SEED ?= 0
+SOAK_CHAOS_SEEDS ?= 2000
+SOAK_CHAOS_FIRST ?= 1000
 
-.PHONY: serve precoder test test-env asan ubsan tsan models mutants soak soak-kill targets performance lint format docs \
+.PHONY: serve precoder test test-env asan ubsan tsan models mutants soak soak-kill soak-chaos targets performance lint format docs \
     wheel clean
 
 serve: $(VENV)/.installed-serve
@@ -39,6 +41,10 @@ test-env: $(VENV)/.installed-test
 soak-kill: $(VENV)/.installed-test
 	$(BIN)/python tests/soak_kill.py --kills $(SOAK_KILLS) --seed $(SOAK_SEED)
 
+# Every protocol with random pauses and orders of puts, each seed alike on every run.
+soak-chaos: $(VENV)/.installed-test
+	$(BIN)/python tests/soak_chaos.py --seeds $(SOAK_CHAOS_SEEDS) --first $(SOAK_CHAOS_FIRST)
+
 # Sanitizers: the C tests with ranks as threads, and, except under TSan, the Python tests that use the C core most.
 asan: $(VENV)/.installed-test
 	$(BIN)/python tests/c/sanitize.py address --package
@@ -58,7 +64,7 @@ mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants/run.py
 
 # The long campaigns, of which `make test` runs a bounded share.
-soak: asan ubsan tsan models mutants soak-kill
+soak: asan ubsan tsan models mutants soak-kill soak-chaos
 	$(BIN)/python tests/c/sanitize.py address,undefined --fuzz 20000
 
 # xccl against three MPIs, which are installed if they are not there: which targets are met. About 15 minutes on 2 cores.

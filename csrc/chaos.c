@@ -39,7 +39,13 @@ static const mood_t MOODS[] = {
 };
 enum { NUM_MOODS = sizeof MOODS / sizeof *MOODS };
 
-enum { SPIN_MOST = 4000, YIELDS_MOST = 4, NAP_MOST_NS = 250 * 1000, SLEEP_MOST_NS = 2500 * 1000, STALL_MOST_NS = 600 * 1000 };
+enum {
+    SPIN_MOST = 4000,
+    YIELDS_MOST = 4,
+    NAP_MOST_NS = 250 * 1000,
+    SLEEP_MOST_NS = 2500 * 1000,
+    STALL_MOST_NS = 600 * 1000
+};
 
 static void sleep_ns(uint64_t ns) {
     nanosleep(&(struct timespec){.tv_nsec = (long)ns}, NULL);

@@ -5,8 +5,9 @@
 #include "chaos.h"
 
 enum {
-    XCCL_CHAOS_HELD = 32,     /* pieces of puts held back at once */
-    XCCL_CHAOS_EXPOSED = 64,  /* ranges noted that the program has pointers to; with more, every put is visible at once */
+    XCCL_CHAOS_HELD = 32, /* pieces of puts held back at once */
+    XCCL_CHAOS_EXPOSED =
+        64, /* ranges noted that the program has pointers to; with more, every put is visible at once */
     XCCL_CHAOS_PIECE = 65536, /* bytes: longer pieces are visible at once */
 };
 

@@ -127,10 +127,10 @@ struct xccl_world_t {
     xccl_ladder_t ladder;
     struct xccl_chaos_t *chaos; /* owned by chaos.c; NULL: off */
     bool fences_by_membarrier;  /* a rank that goes to sleep fences this process: see xccl_ring */
-    int64_t timeout_ns;        /* default of blocking calls */
-    uint64_t opened_sequence;  /* operations begun when the world was open: the next one is the user's first */
-    int64_t slow_since;        /* when the current operation's clock started; 0: not yet */
-    uint64_t streaming_bytes;  /* copies from this size on go around the caches, see copy.h */
+    int64_t timeout_ns;         /* default of blocking calls */
+    uint64_t opened_sequence;   /* operations begun when the world was open: the next one is the user's first */
+    int64_t slow_since;         /* when the current operation's clock started; 0: not yet */
+    uint64_t streaming_bytes;   /* copies from this size on go around the caches, see copy.h */
     xccl_interrupt_fn interrupted;
     xccl_hook_t hooks[XCCL_MAX_HOOKS];
     int num_hooks;
