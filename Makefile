@@ -14,9 +14,11 @@ BUILD_INPUTS := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c) csrc/build_binding
 
 SOAK_KILLS ?= 100
 SOAK_SEED ?= 0
+SOAK_CHAOS_SEEDS ?= 2000
+SOAK_CHAOS_FIRST ?= 1000
 
-.PHONY: serve precoder test test-env asan ubsan tsan models mutants soak soak-kill soak-faults targets performance lint format docs \
-    wheel clean
+.PHONY: serve precoder test test-env asan ubsan tsan models mutants soak soak-kill soak-faults soak-chaos targets \
+    performance lint format docs wheel clean
 
 serve: $(VENV)/.installed-serve
 	$(BIN)/xccl serve --prompt "$(PROMPT)" $(SERVE_ARGS)
@@ -43,6 +45,10 @@ soak-kill: $(VENV)/.installed-test
 soak-faults: $(VENV)/.installed-test
 	$(BIN)/python tests/fault_matrix.py
 
+# Every protocol with random pauses and orders of puts, each seed alike on every run.
+soak-chaos: $(VENV)/.installed-test
+	$(BIN)/python tests/soak_chaos.py --seeds $(SOAK_CHAOS_SEEDS) --first $(SOAK_CHAOS_FIRST)
+
 # Sanitizers: the C tests with ranks as threads, and, except under TSan, the Python tests that use the C core most.
 asan: $(VENV)/.installed-test
 	$(BIN)/python tests/c/sanitize.py address --package
@@ -62,7 +68,7 @@ mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants/run.py
 
 # The long campaigns, of which `make test` runs a bounded share.
-soak: asan ubsan tsan models mutants soak-kill soak-faults
+soak: asan ubsan tsan models mutants soak-kill soak-faults soak-chaos
 	$(BIN)/python tests/c/sanitize.py address,undefined --fuzz 20000
 
 # xccl against three MPIs, which are installed if they are not there: which targets are met. About 15 minutes on 2 cores.

@@ -210,6 +210,7 @@ int xccl_comm_agree(xccl_comm_t *comm, const void *mine, void *all, int64_t dead
 /* ---- checks ---- */
 
 int xccl_comm_check(const xccl_comm_t *comm) {
+    xccl_chaos_call(comm->world);
     int status = xccl_check_usable(comm->world);
     if (status == XCCL_OK && comm->broken)
         return xccl_fail(

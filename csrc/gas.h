@@ -8,6 +8,7 @@
 
 #include <string.h>
 
+#include "chaos.h"
 #include "comm.h"
 #include "faults.h"
 #include "shm.h"
@@ -39,10 +40,14 @@ static inline void *xccl_gas_at(const xccl_world_t *world, int rank, uint64_t of
 
 /* Copies into / out of a peer's window. Unordered until a signal function or fence. */
 static inline void xccl_gas_put_at(xccl_world_t *world, int rank, uint64_t offset, const void *src, uint64_t bytes) {
-    memcpy(xccl_gas_at(world, rank, offset), src, bytes);
+    void *to = xccl_gas_at(world, rank, offset);
+    if (!xccl_chaos_holds(world, rank, to, src, bytes))
+        memcpy(to, src, bytes);
 }
 static inline void xccl_gas_get_at(xccl_world_t *world, void *dst, int rank, uint64_t offset, uint64_t bytes) {
-    memcpy(dst, xccl_gas_at(world, rank, offset), bytes);
+    const void *from = xccl_gas_at(world, rank, offset);
+    xccl_chaos_read(world, rank, from, bytes);
+    memcpy(dst, from, bytes);
 }
 
 /* Stores `value` in the signal word at (rank, offset). Release: all earlier puts are visible to who sees it. */
@@ -50,7 +55,7 @@ static inline void xccl_gas_signal_at(xccl_world_t *world, int rank, uint64_t of
     _Atomic uint64_t *word = xccl_gas_at(world, rank, offset);
     value = xccl_fault_published(world, word, value);
     /* release pairs with the acquire load of the rank's wait */
-    atomic_store_explicit(word, value, memory_order_release);
+    XCCL_PUBLISH(world, word, value, memory_order_release);
     xccl_ring(world, rank);
 }
 
@@ -63,7 +68,7 @@ static inline void xccl_gas_field_at(xccl_world_t *world, int rank, uint64_t at,
     field->time = time;
     event_id = xccl_fault_published(world, field, event_id);
     /* release pairs with the acquire load of event_id: the reader then sees the three words and all earlier puts */
-    atomic_store_explicit(&field->event_id, event_id, memory_order_release);
+    XCCL_PUBLISH(world, &field->event_id, event_id, memory_order_release);
     xccl_ring(world, rank);
 }
 
@@ -71,6 +76,7 @@ static inline void xccl_gas_field_at(xccl_world_t *world, int rank, uint64_t at,
 static inline uint64_t xccl_gas_compare_swap_at(xccl_world_t *world, int rank, uint64_t offset, uint64_t compare,
                                                 uint64_t value) {
     _Atomic uint64_t *word = xccl_gas_at(world, rank, offset);
+    xccl_chaos_order(world, XCCL_CHAOS_ALL, memory_order_seq_cst);
     if (atomic_compare_exchange_strong(word, &compare, value))
         xccl_ring(world, rank);
     return compare;

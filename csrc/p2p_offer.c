@@ -181,7 +181,7 @@ int xccl_p2p_help(xccl_request_t *send) {
         if (status != XCCL_OK)
             return status;
         /* release: the block is there for who sees the count */
-        atomic_store_explicit(&line->sent, ++sent, memory_order_release);
+        XCCL_PUBLISH(p2p->world, &line->sent, ++sent, memory_order_release);
     }
     xccl_ring(p2p->world, p2p->comm->ranks[send->peer]);
     return XCCL_OK;

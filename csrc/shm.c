@@ -13,6 +13,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "chaos.h"
 #include "cma.h"
 #include "comm.h"
 #include "copy.h"
@@ -366,6 +367,8 @@ static int claim_rank(xccl_world_t *world) {
     if (status != XCCL_OK)
         return status;
     status = xccl_race_open(world);
+    if (status == XCCL_OK)
+        status = xccl_chaos_open(world);
     if (status != XCCL_OK)
         return status;
     xccl_wait_open(world);
@@ -506,7 +509,7 @@ void xccl_shm_detach(xccl_world_t *world) {
     if (world->fork_generation != atomic_load_explicit(&fork_generation, memory_order_relaxed))
         return; /* a forked child: the rank is still its parent's */
     /* release: all that this rank wrote is visible to who sees that it left */
-    atomic_store_explicit(&world->ranks[world->rank].state, XCCL_RANK_CLOSED, memory_order_release);
+    XCCL_PUBLISH(world, &world->ranks[world->rank].state, XCCL_RANK_CLOSED, memory_order_release);
     ring_all(world);
 }
 
@@ -515,6 +518,7 @@ void xccl_shm_unmap(xccl_world_t *world) {
         return;
     xccl_race_close(world);
     xccl_faults_close(world);
+    xccl_chaos_close(world);
     leave_mapping(world->mapping);
     free(world->header);
     close(world->fd);

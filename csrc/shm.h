@@ -83,10 +83,10 @@ typedef struct xccl_rank_entry_t {
     _Atomic uint64_t start_time;
     _Atomic uint64_t pid_namespace; /* in which pid and start time mean something; 0: none */
     _Atomic int32_t locked;         /* the rank holds its byte of the object, see process.h */
+    _Atomic int32_t ended;          /* kind << 16 | number, see xccl_exit_t; by who reaped it, once; 0: not known */
     _Atomic int32_t reads_peers;    /* this and the next two: see cma.h */
     _Atomic uint64_t cma_address;
     _Atomic uint64_t cma_word;
-    _Atomic int32_t ended;          /* kind << 16 | number, see xccl_exit_t; by who reaped it, once; 0: not known */
     _Alignas(64) _Atomic uint32_t sleeping;
     _Alignas(64) _Atomic uint32_t bell;
     _Alignas(64) _Atomic uint64_t sequence;
@@ -132,11 +132,12 @@ struct xccl_world_t {
     char *abort_text;
     xccl_rank_entry_t *ranks;
     xccl_ladder_t ladder;
-    bool fences_by_membarrier; /* a rank that goes to sleep fences this process: see xccl_ring */
-    int64_t timeout_ns;        /* default of blocking calls */
-    uint64_t opened_sequence;  /* operations begun when the world was open: the next one is the user's first */
-    int64_t slow_since;        /* when the current operation's clock started; 0: not yet */
-    uint64_t streaming_bytes;  /* copies from this size on go around the caches, see copy.h */
+    struct xccl_chaos_t *chaos; /* owned by chaos.c; NULL: off */
+    bool fences_by_membarrier;  /* a rank that goes to sleep fences this process: see xccl_ring */
+    int64_t timeout_ns;         /* default of blocking calls */
+    uint64_t opened_sequence;   /* operations begun when the world was open: the next one is the user's first */
+    int64_t slow_since;         /* when the current operation's clock started; 0: not yet */
+    uint64_t streaming_bytes;   /* copies from this size on go around the caches, see copy.h */
     xccl_interrupt_fn interrupted;
     xccl_hook_t hooks[XCCL_MAX_HOOKS];
     int num_hooks;

@@ -96,8 +96,8 @@ static int await_step(const shrink_t *shrink, const int *ranks, int count, uint6
 
 static void advance(const shrink_t *shrink, uint64_t step) {
     const xccl_comm_t *parent = shrink->parent;
-    atomic_store_explicit(&page_of(shrink, shrink->world->rank)->progress, STEPS * shrink->attempt + step,
-                          memory_order_release);
+    XCCL_PUBLISH(shrink->world, &page_of(shrink, shrink->world->rank)->progress, STEPS * shrink->attempt + step,
+                 memory_order_release);
     for (int pe = 0; pe < parent->size; pe++)
         if (pe != parent->rank)
             xccl_ring(shrink->world, parent->ranks[pe]);

@@ -9,6 +9,7 @@
 static _Thread_local char message[32768];
 static _Thread_local int about = -1;
 static _Thread_local xccl_rank_info_t about_lost;
+static _Thread_local uint64_t chaos_seed; /* 0: none */
 
 const char *xccl_error_message(void) {
     return message;
@@ -18,11 +19,27 @@ int xccl_error_rank(void) {
     return about;
 }
 
+void xccl_status_name_seed(uint64_t seed) {
+    chaos_seed = seed;
+}
+
+/* A message may be that of another rank, or of an earlier failure, which names the seed already. */
+static void append_seed(void) {
+    char text[48];
+    if (chaos_seed == 0)
+        return;
+    snprintf(text, sizeof text, "XCCL_CHAOS=%llu", (unsigned long long)chaos_seed);
+    size_t length = strlen(message);
+    if (!strstr(message, text))
+        snprintf(message + length, sizeof message - length, "\n(%s)", text);
+}
+
 int xccl_fail(int status, const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
+    append_seed();
     about = -1;
     /* A status may come from another rank's memory: whatever it is, this is a failure. */
     return status < 0 ? status : XCCL_ERR_SYSTEM;
@@ -33,6 +50,7 @@ int xccl_fail_about(int status, int rank, const char *format, ...) {
     va_start(args, format);
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
+    append_seed();
     about = rank;
     return status;
 }
@@ -79,5 +97,6 @@ int xccl_fail_errno(int error, const char *format, ...) {
     about = -1;
     if (length >= 0 && (size_t)length < sizeof message)
         snprintf(message + length, sizeof message - (size_t)length, ": %s", strerror(error));
+    append_seed();
     return XCCL_ERR_SYSTEM;
 }

@@ -31,4 +31,7 @@ int xccl_fail_lost(int rank, const xccl_rank_info_t *info, const char *format, .
 /* As xccl_fail with ": <strerror(error)>" appended and status XCCL_ERR_SYSTEM. */
 int xccl_fail_errno(int error, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+/* From now on the messages of this thread name the seed of the perturbed world that it works in; 0: of none. */
+void xccl_status_name_seed(uint64_t seed);
+
 #endif

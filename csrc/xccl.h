@@ -96,6 +96,7 @@ typedef struct xccl_config_t {
     int64_t init_timeout_ns;   /* deadline for all ranks to attach [600 s] */
     int64_t first_timeout_ns;  /* default deadline of a rank's first operation [twice timeout_ns] */
     char session[32];          /* random id of the world, NUL-terminated */
+    uint64_t chaos;            /* seed of perturbations, see below; 0: none [0] */
     int32_t racecheck;         /* 1: look for races, see below [0] */
     int32_t no_cma;            /* 1: peers do not read each other's ordinary memory through the kernel [0] */
 } xccl_config_t;
@@ -376,6 +377,19 @@ void xccl_gas_quiet(xccl_comm_t *comm);
  * COMPARE_SWAP stores `value` if the target equals `compare`. *out_old is the value before. */
 int xccl_gas_atomic(xccl_comm_t *comm, void *target, int width, xccl_atomic_op_t op, uint64_t value, uint64_t compare,
                     int pe, uint64_t *out_old);
+
+/* ---- shm: chaos ------------------------------------------------------------------------------------------- */
+
+/* In a world with chaos > 0 each rank pauses at random where ranks wait for each other, and its puts become visible in
+ * any order that is not ruled out by what is promised; the same seed does it in the same way. Messages of errors name
+ * the seed. */
+
+/* The seed of this rank; 0: it is not perturbed. An observer sees the one that the world began with. */
+uint64_t xccl_chaos_seed(const xccl_world_t *world);
+
+/* Begins anew with another seed, on this rank. It must be > 0, and the world made with chaos. For tests: many seeds in
+ * one world. */
+int xccl_chaos_reseed(xccl_world_t *world, uint64_t seed);
 
 /* ---- gas: the race checker ------------------------------------------------------------------------------ */
 

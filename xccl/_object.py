@@ -186,6 +186,7 @@ def _config(size: int, session: str) -> Any:
             "init_timeout_ns": int(rc.init_timeout * 1e9),
             "first_timeout_ns": int(rc.first_timeout * 1e9),
             "session": session.encode(),
+            "chaos": rc.chaos,
             "racecheck": rc.racecheck == "1",
             "no_cma": rc.cma == "off",
         },

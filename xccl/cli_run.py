@@ -47,6 +47,9 @@ def add_parser(subparsers: Any) -> None:
         help="a rank that is killed does not end the others, which may go on with comm.shrink()",
     )
     parser.add_argument("--racecheck", action="store_true", help="raise XcclRaceError for races: XCCL_RACECHECK=1")
+    parser.add_argument(
+        "--chaos", type=int, metavar="SEED", help="perturb waits and puts at random: XCCL_CHAOS=SEED, which is > 0"
+    )
     parser.add_argument("--prefix", action="store_true", help='begin each line of output with its rank: "[2] "')
     parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is a Python module, as in python -m")
     parser.add_argument("program", metavar="PROGRAM", help="a Python file (*.py), or any executable")
@@ -59,6 +62,8 @@ def main(options: argparse.Namespace) -> int:
     check_nranks(options.ranks)
     if options.racecheck:
         rc.racecheck = "1"
+    if options.chaos is not None:
+        rc.chaos = options.chaos
     command = [options.program, *options.arguments]
     if options.module:
         command = [sys.executable, "-m", *command]
@@ -68,7 +73,10 @@ def main(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _raise_exit)
     try:
         job.start()
-        return job.watch(options.timeout)
+        code = job.watch(options.timeout)
+        if code != 0 and rc.chaos:
+            job.say(f"the world was perturbed with XCCL_CHAOS={rc.chaos}")
+        return code
     except KeyboardInterrupt:
         job.end("interrupted")
         job.say("interrupted; ended all ranks")

@@ -24,7 +24,7 @@ from xccl._threads import GRACE_SECONDS, run_threads
 from xccl._world import Observer
 from xccl.cgroup import usable_cores
 from xccl.communicator import init
-from xccl.errors import XcclAborted, XcclPeerLost, XcclTimeout, XcclUsageError
+from xccl.errors import XcclAborted, XcclError, XcclPeerLost, XcclTimeout, XcclUsageError
 
 
 def launch_environment(shared: SharedObject, rank: int, size: int) -> dict[str, str]:
@@ -111,6 +111,9 @@ def run(
             ranks.append(_Rank(rank, process, ours))
         deadline = None if timeout is None else time.monotonic() + timeout
         return _collect(ranks, observer, exits, deadline, timeout, keep_going)
+    except XcclError as error:
+        observer.name_seed(error)
+        raise
     finally:
         _end(ranks)
         observer.close()
@@ -166,6 +169,8 @@ def _rank_main(
             message = pickle.dumps(outcome)
     except BaseException as error:
         failed = True
+        if "comm" in locals():
+            comm._world.name_seed(error)
         failure = _Failure(error)
         if "comm" in locals():
             comm.abort(failure.text)

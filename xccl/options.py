@@ -103,6 +103,12 @@ OPTIONS = (
     Option("racecheck", "0", "0|1", "1 looks for accesses to symmetric arrays that nothing orders; slow, for tests"),
     Option("faults", "", "plan", "faults to inject, as JSON or a file with it, see xccl.faults; for tests"),
     Option(
+        "chaos",
+        0,
+        "count",
+        "seed of random pauses where ranks meet, and of the order in which puts become visible, for tests; 0: off",
+    ),
+    Option(
         "shm_dir",
         "",
         "directory",
