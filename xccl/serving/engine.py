@@ -95,6 +95,10 @@ class Engine:
         """Queue requests for the next steps. Raises ValueError for one that could never run."""
         self._scheduler.add(requests)
 
+    def cancel(self, request_id: int) -> None:
+        """Forget a request and free what it holds. One that has ended is no error: the two may cross."""
+        self._scheduler.cancel(request_id)
+
     def step(self) -> StepNews:
         """One step of all ranks. Collective, also for a rank that has nothing to compute."""
         plan = self._scheduler.plan()
