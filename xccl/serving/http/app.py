@@ -17,6 +17,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
+from xccl.serving.config import ModelConfig
 from xccl.serving.http.answers import DONE, Answer, ChatAnswer, CompletionAnswer, event, usage
 from xccl.serving.http.errors import ApiError
 from xccl.serving.http.generation import Finish, Generation
@@ -33,12 +34,12 @@ _HUNG_UP = 499  # nobody reads it; logs of other servers use this number
 class Api:
     """Everything that the server answers. :attr:`app` is the ASGI application."""
 
-    def __init__(self, pool: RankPool, limits: Limits, api_key: str | None) -> None:
+    def __init__(self, pool: RankPool, limits: Limits, config: ModelConfig, api_key: str | None) -> None:
         self._pool = pool
         self._limits = limits
         self._api_key = api_key
         self._created = int(time.time())
-        self._metrics = Metrics(pool)
+        self._metrics = Metrics(pool, config)
         self.app = Starlette(
             routes=[
                 Route("/v1/completions", self._completions, methods=["POST"]),

@@ -75,7 +75,7 @@ async def _serve(
         return
     server = _Server(
         uvicorn.Config(
-            Api(pool, limits, settings.api_key).app,
+            Api(pool, limits, config, settings.api_key).app,
             log_level="warning",
             access_log=False,
             lifespan="off",

@@ -13,6 +13,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from xccl.serving.config import ModelConfig
 from xccl.serving.http.generation import Finish, Timing
 from xccl.serving.http.pool import RankPool, RankView
 
@@ -26,8 +27,10 @@ _RECENT = 512  # choices over which the page's percentiles are taken
 class Metrics:
     """Counts what the front does, and reads from the pool how the ranks are."""
 
-    def __init__(self, pool: RankPool) -> None:
+    def __init__(self, pool: RankPool, config: ModelConfig) -> None:
         self._pool = pool
+        first = config.num_dense_layers
+        self._layer_names = [*(f"layer {number}" for number in range(first, config.num_layers)), "MTP"]
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside each, of no use here
         self._registry = CollectorRegistry()
         self._registry.register(_RankCollector(pool.ranks))
@@ -52,14 +55,12 @@ class Metrics:
             registry=self._registry,
         )
         self._recent: deque[Timing] = deque(maxlen=_RECENT)
-        self.num_generated = 0
 
     def note_request(self, outcome: str, prompt_tokens: int = 0, new_tokens: int = 0) -> None:
         """A request is over: answered, refused, hung_up or failed."""
         self._requests.labels(outcome).inc()
         self._tokens.labels("prompt").inc(prompt_tokens)
         self._tokens.labels("generated").inc(new_tokens)
-        self.num_generated += new_tokens
 
     def note_text(self, finish: Finish, timing: Timing) -> None:
         """A text has ended by itself."""
@@ -75,15 +76,16 @@ class Metrics:
 
     def picture(self) -> dict[str, Any]:
         """The state of the server for the page: ranks, bytes between them, load of the experts, times in ms."""
+        load = _expert_load(self._pool.ranks)
         per_token = [timing.per_token for timing in self._recent if timing.per_token is not None]
         return {
             "ranks": [_describe(rank) for rank in self._pool.ranks],
             "bytes": _bytes_between(self._pool.ranks),
-            "expert_load": _expert_load(self._pool.ranks),
+            "expert_load": dict(zip(self._layer_names, load, strict=False)),  # no MTP layer with --no-mtp
             "unfinished": self._pool.num_unfinished,
             "slots": self._pool.num_slots,
             "queue": self._pool.queue,
-            "generated": self.num_generated,
+            "generated": self._pool.num_generated,
             "ttft_ms": _percentiles([timing.first_token for timing in self._recent]),
             "tpot_ms": _percentiles(per_token),
         }

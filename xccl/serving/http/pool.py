@@ -49,6 +49,7 @@ class RankPool:
     def __init__(self, links: Sequence[Link], queue: int) -> None:
         self.ranks = [RankView(link) for link in links]
         self.queue = queue
+        self.num_generated = 0  # tokens since the start, whoever wants them
         self._ids = itertools.count()
         self._submitted = 0
         self._ended: ApiError | None = None
@@ -163,6 +164,7 @@ class RankPool:
                     self._ready.set()
 
     def _hand_on(self, rank: RankView, news: Tokens) -> None:
+        self.num_generated += len(news.tokens)
         reasons = dict(news.ended)
         tokens: dict[int, list[int]] = {}
         for request_id, token in zip(news.request_ids, news.tokens, strict=True):
