@@ -178,16 +178,15 @@ def _serve_http(args: argparse.Namespace) -> int:
 
 def _api_key(given: str | None) -> str | None:
     """The key that clients must send; from a file, it does not show in the list of processes."""
-    if given is None or not given.startswith("@"):
-        key = given
-    else:
-        try:
-            key = Path(given[1:]).read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise _InputError(f"cannot read the key from {given[1:]}: {error}") from error
-    if key == "":
+    if given is None:
+        return None
+    try:
+        key = Path(given[1:]).read_text() if given.startswith("@") else given
+    except (OSError, UnicodeDecodeError) as error:
+        raise _InputError(f"cannot read the key from {given[1:]}: {error}") from error
+    if not key.strip():
         raise _InputError("--api-key is empty")
-    return key
+    return key.strip()
 
 
 def _prepare(args: argparse.Namespace) -> tuple[list[str], list[Request], Tokenizer]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -21,17 +22,17 @@ class Browser:
 
     def __init__(self, profile: Path, width: int = 1280, height: int = 900) -> None:
         assert PROGRAM is not None
-        commands, self._commands = os.pipe()
-        self._events, events = os.pipe()
+        (commands, self._commands), (self._events, events) = os.pipe(), os.pipe()
+        # Chromium reads descriptor 3 and writes 4; first out of the way of these two themselves
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (commands, events)]
         self._process = subprocess.Popen(
-            # Chromium reads descriptor 3 and writes 4
-            ["sh", "-c", f'exec "$@" 3<&{commands} 4>&{events}', "sh", PROGRAM, "--headless", "--no-sandbox",
-             "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={profile}",
-             f"--window-size={width},{height}", "about:blank"],
-            pass_fds=(commands, events), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+             "--remote-debugging-pipe", f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"],
+            preexec_fn=lambda: [os.dup2(end, number) for number, end in enumerate(high, 3)],
+            pass_fds=(3, 4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        os.close(commands)
-        os.close(events)
+        for end in (commands, events, *high):
+            os.close(end)
         self._number = 0
         self._incoming = b""
         self.problems: list[str] = []

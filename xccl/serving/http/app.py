@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from xccl.serving.config import ModelConfig
@@ -49,7 +48,9 @@ class Api:
                 Route("/health", self._health),
                 Route("/metrics", self._exposition),
                 Route("/state", self._state),
-                Mount("/", StaticFiles(directory=_PAGE, html=True)),
+                Route("/", _page("index.html")),
+                Route("/page.css", _page("page.css")),
+                Route("/page.js", _page("page.js")),
             ],
             exception_handlers={ApiError: _refuse, HTTPException: _refuse_http, Exception: _refuse_bug},
         )
@@ -106,7 +107,10 @@ class Api:
         if self._api_key is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secrets.compare_digest(key.strip().encode(), self._api_key.encode()):
+        if scheme.lower() != "bearer" or not secrets.compare_digest(
+            key.strip().encode("latin-1"),  # the bytes that came
+            self._api_key.encode(),
+        ):
             raise ApiError(
                 "this server wants its key: send the header  Authorization: Bearer KEY",
                 status=401,
@@ -193,6 +197,13 @@ class _EventStream(StreamingResponse):
             pass
         finally:
             self._run.close()
+
+
+def _page(name: str) -> Callable[[Request], Awaitable[Response]]:
+    async def send(request: Request) -> Response:
+        return FileResponse(_PAGE / name)
+
+    return send
 
 
 async def _body(request: Request) -> bytes:

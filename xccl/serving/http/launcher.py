@@ -15,6 +15,7 @@ from typing import Any
 
 import xccl
 from xccl.errors import XcclError
+from xccl.launcher import describe_exit
 from xccl.serving.http.front import FrontSettings, front_main
 from xccl.serving.link import Link
 from xccl.serving.online import serve_online
@@ -69,9 +70,7 @@ def serve_http(
             return 128 + stop.number
         except XcclError as error:
             if (code := front.exit_code()) is not None:
-                raise XcclError(
-                    f"xccl serve: the HTTP process (pid {front.pid}) ended with exit code {code}"
-                ) from error
+                raise XcclError(f"xccl serve: the HTTP process (pid {front.pid}) {describe_exit(code)}") from error
             front.end(str(error).splitlines()[0])
             raise
         finally:
