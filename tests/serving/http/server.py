@@ -20,8 +20,8 @@ JSON = {"Content-Type": "application/json"}
 class Server:
     """A server of its own on a free port; ends with the `with` block."""
 
-    def __init__(self, model: Path | None, *arguments: str) -> None:
-        command = [sys.executable, "-m", "xccl", "serve", "--http", "0", "--timeout", "170", *arguments]
+    def __init__(self, model: Path | None, *arguments: str, seconds: int = 170) -> None:
+        command = [sys.executable, "-m", "xccl", "serve", "--http", "0", "--timeout", str(seconds), *arguments]
         if model is not None:
             command += ["--model", str(model)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

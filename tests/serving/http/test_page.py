@@ -1,7 +1,5 @@
 """The page in a real browser."""
 
-import threading
-
 import pytest
 from serving.http.browser import PROGRAM, Browser
 from serving.http.server import Server
@@ -65,14 +63,13 @@ def test_the_answer_is_the_servers_text(server, page, tmp_path):
 
 def test_stop_frees_the_slot_and_keeps_what_came(server, page):
     fill(page, "max-tokens", "200")
-    others = threading.Thread(target=server.post, kwargs={"prompt": "x", "n": 100, "max_tokens": 200})
-    others.start()  # so that the answer takes a while
-    click(page, "send")
-    page.wait_for("!document.getElementById('stop').hidden")
-    click(page, "stop")
-    page.wait_for(f"{ANSWER}.dataset.state === 'ended'")
+    others = {"model": server.model, "prompt": "x", "n": 100, "max_tokens": 200, "stream": True}
+    with server.client.stream("POST", "/v1/completions", json=others):  # so that the answer takes a while
+        click(page, "send")
+        page.wait_for("!document.getElementById('stop').hidden")
+        click(page, "stop")
+        page.wait_for(f"{ANSWER}.dataset.state === 'ended'")
     assert page.evaluate(f"{ANSWER}.querySelector('.error')") is None
-    others.join()
     server.wait_until_idle()
 
 
