@@ -13,9 +13,10 @@ C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c examples/*.c tests/c/*.c
 BUILD_INPUTS := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c) csrc/build_binding.py setup.py pyproject.toml
 
 SOAK_KILLS ?= 100
+SOAK_ROUNDS ?= 20
 SOAK_SEED ?= 0
 
-.PHONY: serve precoder test test-env asan ubsan tsan models mutants soak soak-kill targets performance lint format docs \
+.PHONY: serve precoder test test-env asan ubsan tsan models mutants soak soak-kill soak-http targets performance lint format docs \
     wheel clean
 
 serve: $(VENV)/.installed-serve
@@ -53,12 +54,16 @@ tsan: $(VENV)/.installed-test
 models: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -s tests/models
 
+# 200 clients at once, again and again: nothing may fail or leak.
+soak-http: $(VENV)/.installed-test
+	$(BIN)/python tests/load_http.py --rounds $(SOAK_ROUNDS) --seed $(SOAK_SEED)
+
 # Every mutant of tests/mutants/ must make its tests fail. Takes minutes.
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants/run.py
 
 # The long campaigns, of which `make test` runs a bounded share.
-soak: asan ubsan tsan models mutants soak-kill
+soak: asan ubsan tsan models mutants soak-kill soak-http
 	$(BIN)/python tests/c/sanitize.py address,undefined --fuzz 20000
 
 # xccl against three MPIs, which are installed if they are not there: which targets are met. About 15 minutes on 2 cores.

@@ -355,6 +355,20 @@ def test_a_signal_ends_all_with_one_message(victim, number, expected):
         assert f"stopped by {number.name}" in text
 
 
+def test_a_client_that_does_not_read_holds_nobody_up(victim):
+    host, port = victim.url.removeprefix("http://").split(":")
+    body = json.dumps({"model": victim.model, "prompt": "a", "n": 100, "max_tokens": 250, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        while not victim.state()["unfinished"]:
+            time.sleep(0.01)
+        assert victim.text("abc", seed=1, max_tokens=20)
+        victim.wait_until_idle(60)
+        assert victim.end(signal.SIGTERM) == (143, "xccl serve: stopped by SIGTERM\n")
+
+
 def test_a_signal_while_all_sleep(victim):
     code, error = victim.end(signal.SIGINT)
     assert (code, error) == (130, "xccl serve: stopped by SIGINT\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from xccl.serving.http.app import Api
 from xccl.serving.http.limits import Limits
 from xccl.serving.http.pool import RankPool
 from xccl.serving.link import Link
+from xccl.serving.report import counted
 from xccl.serving.tokenizer import Tokenizer
 
 _GRACE_SECONDS = 1  # for answers that are being written when the server ends
@@ -89,6 +91,8 @@ async def _serve(
     if ended.done():
         orders.send(pool.num_unfinished)
         pool.end(ended.result())
+        # the launcher says why all ends; that clients are still connected is no news
+        logging.getLogger("uvicorn.error").disabled = True
         server.should_exit = True
     await serving
 
@@ -120,6 +124,7 @@ def _announce(settings: FrontSettings, listener: socket.socket, pool: RankPool) 
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     sys.stdout.write(
-        f"xccl serve: {settings.model_name} on {len(pool.ranks)} ranks at http://{shown}:{port}  (Ctrl-C ends it)\n"
+        f"xccl serve: {settings.model_name} on {counted(len(pool.ranks), 'rank')} at http://{shown}:{port}  "
+        "(Ctrl-C ends it)\n"
     )
     sys.stdout.flush()

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from types import FrameType
@@ -23,7 +24,7 @@ from xccl.serving.report import counted
 from xccl.serving.service import ServiceOptions
 
 _BACKLOG = 1024
-_FRONT_SECONDS = 1.5  # for the front to tell its clients and end; ranks are killed before
+_FRONT_SECONDS = 1.6  # for the front to tell its clients and end, while no rank runs any more
 
 
 class Stopped(BaseException):
@@ -58,23 +59,28 @@ def serve_http(
     pairs = [socket.socketpair() for _ in range(num_ranks)]
     fronts_ends = [front for front, _ in pairs]
     ranks_ends = [rank for _, rank in pairs]
+    front: _Front | None = None
     with _signals():
-        front = _Front(settings, listener, fronts_ends, ranks_ends)
         try:
+            front = _Front(settings, listener, fronts_ends, ranks_ends)
             xccl.run(_rank_main, num_ranks, options, ranks_ends, front, timeout=timeout)
             raise XcclError("xccl serve: the ranks ended by themselves")
         except Stopped as stop:
-            unfinished = front.end(f"stopped by {stop}")
+            unfinished = 0 if front is None else front.end(f"stopped by {stop}")
             told = f", {counted(unfinished, 'unfinished request')} told" if unfinished else ""
             sys.stderr.write(f"xccl serve: stopped by {stop}{told}\n")
             return 128 + stop.number
         except XcclError as error:
+            _ignore_signals()
+            if front is None:
+                raise
             if (code := front.exit_code()) is not None:
                 raise XcclError(f"xccl serve: the HTTP process (pid {front.pid}) {describe_exit(code)}") from error
             front.end(str(error).splitlines()[0])
             raise
         finally:
-            front.kill()
+            if front is not None:
+                front.kill()
             for end in ranks_ends:
                 end.close()
 
@@ -115,11 +121,12 @@ class _Front:
     def end(self, reason: str) -> int:
         """Have it tell its clients and end; returns how many requests were unfinished."""
         unfinished = 0
+        deadline = time.monotonic() + _FRONT_SECONDS
         with contextlib.suppress(OSError, EOFError):
             self.orders.send(reason)
             if self.orders.poll(_FRONT_SECONDS):
                 unfinished = int(self.orders.recv())
-        self._process.join(_FRONT_SECONDS)
+        self._process.join(max(deadline - time.monotonic(), 0))
         return unfinished
 
     def kill(self) -> None:
@@ -152,13 +159,18 @@ def _rank_main(comm: xccl.Communicator, options: ServiceOptions, ends: Sequence[
     serve_online(comm, options, Link(ends[comm.rank]))
 
 
+def _ignore_signals() -> None:
+    """From here on the server ends, and nothing may interrupt that."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """SIGINT and SIGTERM raise Stopped, once; more of them change nothing."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
+        _ignore_signals()
         raise Stopped(number)
 
     previous = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}

@@ -118,7 +118,7 @@ class RankPool:
             rank.link.close()
 
     def _retry_after(self) -> int:
-        """Seconds until the queue has moved by about as many requests as run at a time."""
+        """Seconds in which about as many requests end as are in the queue."""
         rounds = max(1.0, self.queue / max(self.num_slots, 1))
         return int(min(max(1.0, self._mean_seconds * rounds), _LONGEST_RETRY_SECONDS))
 

@@ -190,7 +190,7 @@ async function poll() {
     find("model").textContent = state.model;
     find("max-tokens").max = state.context;
     find("key-label").hidden = !state.needs_key;
-    find("health").textContent = `${state.ranks.length} ranks serve`;
+    find("health").textContent = state.ranks.length === 1 ? "1 rank serves" : `${state.ranks.length} ranks serve`;
     find("health").className = "";
     drawRanks(state.ranks);
     drawBytes(state.bytes);
