@@ -24,7 +24,9 @@ class Server:
         command = [sys.executable, "-m", "xccl", "serve", "--http", "0", "--timeout", str(seconds), *arguments]
         if model is not None:
             command += ["--model", str(model)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         line = self.process.stdout.readline()
         found = re.search(r"xccl serve: (\S+) on (\d+) ranks? at (http://\S+)", line)
         if not found:
@@ -79,8 +81,11 @@ class Server:
             time.sleep(0.02)
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Send a signal; returns exit code and standard error."""
-        self.process.send_signal(number)
+        """Send a signal, to all processes if it is that of Ctrl-C; returns exit code and standard error."""
+        if number == signal.SIGINT:
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
         return self.wait()
 
     def wait(self) -> tuple[int, str]:
