@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from serving.tiny_model import CONFIG
 
 import xccl
+from xccl.serving.engine import Engine, EngineOptions
 from xccl.serving.link import Cancel, Link, RankStatus, Submit, Tokens, Wake
 from xccl.serving.local_experts import LocalExperts
+from xccl.serving.model import MoEModel
 from xccl.serving.online import serve_online
 from xccl.serving.request import Request, SamplingParams
-from xccl.serving.service import ServiceOptions, build_engine, serve_reference
+from xccl.serving.service import ServiceOptions, serve_reference
 
 
 def make_requests(count, seed):
@@ -48,10 +50,11 @@ def test_arrivals_and_cancellations_change_no_other_text_and_free_everything(
     requests = make_requests(count, seed)
     arrival = data.draw(st.lists(st.integers(0, 15), min_size=count, max_size=count))
     end = data.draw(st.lists(st.none() | st.integers(0, 30), min_size=count, max_size=count))
-    options = ServiceOptions(tiny_model, kv_blocks=kv_blocks)
-    local = LocalExperts(CONFIG["num_experts"], options.quant)
-    engine = build_engine(local, options, slots, np.arange(CONFIG["num_experts"]))
+    model = MoEModel.load(tiny_model, LocalExperts(CONFIG["num_experts"], "int8"), np.arange(CONFIG["num_experts"]))
+    # so few rows a step that prompts are cancelled when a part of them is computed
+    engine = Engine(model, EngineOptions(slots, kv_blocks=kv_blocks, prefill_rows=1))
     got = {request.request_id: [] for request in requests}
+    at_cancel = {}
     step = 0
     while step <= max(arrival) or engine.num_unfinished:
         for request, when, cancelled in zip(requests, arrival, end, strict=True):
@@ -59,14 +62,15 @@ def test_arrivals_and_cancellations_change_no_other_text_and_free_everything(
                 engine.add([request])
             if cancelled is not None and when + cancelled == step:
                 engine.cancel(request.request_id)
+                at_cancel[request.request_id] = len(got[request.request_id])
         news = engine.step()
         for request_id, token in zip(news.request_ids, news.tokens.tolist(), strict=True):
             got[request_id].append(token)
         step += 1
     texts = expected_texts(tiny_model, requests)
-    for request, cancelled in zip(requests, end, strict=True):
+    for request in requests:
         mine, whole = got[request.request_id], texts[request.request_id]
-        assert mine == (whole if cancelled is None else whole[: len(mine)])
+        assert mine == whole[: at_cancel.get(request.request_id)]
     assert (engine.occupancy.waiting, engine.occupancy.running, engine.occupancy.kv_blocks) == (0, 0, 0)
 
 
@@ -99,13 +103,15 @@ class Front:
             owner = self.owner[request.request_id] = self.rng.randrange(len(self.links))
             order = list(range(len(self.links)))
             self.rng.shuffle(order)  # whoever hears of it first
+            # now and then so late that all earlier requests have ended when the last rank hears of it
+            seconds = self.rng.choice([0, 0, 0.002, 0.1])
             for rank in order:
                 self.links[rank].send(Submit(request, submitted) if rank == owner else Wake(submitted))
-                pause.wait(self.rng.choice([0, 0, 0.002]))
+                pause.wait(seconds)
             if self.rng.random() < 0.3:
                 self.cancelled.add(request.request_id)
                 self.links[owner].send(Cancel(request.request_id))
-            if self.rng.random() < 0.3:
+            if self.rng.random() < 0.5:
                 self.collect_all()  # the ranks fall asleep
         self.collect_all()
 
@@ -133,7 +139,7 @@ class Front:
 
 @pytest.mark.parametrize("nranks", [1, 2, 5])
 def test_ranks_sleep_and_wake_together_whatever_the_order_of_messages(tiny_model, nranks):
-    requests = make_requests(20, nranks)
+    requests = make_requests(15, nranks)
     pairs = [socket.socketpair() for _ in range(nranks)]
     front = Front([Link(ours) for ours, _ in pairs], requests, nranks)
 

@@ -90,7 +90,7 @@ def test_a_stream_without_the_option_has_no_usage(server):
     assert not any("usage" in event for event in server.events(prompt="a", max_tokens=3))
 
 
-def test_stop_strings_cut_the_text_and_free_the_slot(server):
+def test_stop_strings_cut_the_text(server):
     ask = {"seed": 1, "max_tokens": 200, "temperature": 1.0}
     text = server.text("abc", **ask)
     stop = text[10:12]
@@ -101,7 +101,16 @@ def test_stop_strings_cut_the_text_and_free_the_slot(server):
     assert answer["usage"]["completion_tokens"] < 40
     streamed = server.events(prompt="abc", stop=[stop, "\n"], **ask)
     assert "".join(event["choices"][0]["text"] for event in streamed) == text[:end]
-    server.wait_until_idle()
+
+
+def test_nothing_is_generated_long_after_a_stop(server):
+    ask = {"prompt": "abc", "max_tokens": 200, "temperature": 0}
+    stop = server.text(**ask)[5:8]
+    before = server.wait_until_idle()["generated"]
+    answer = server.post(n=100, stop=stop, **ask).json()
+    assert all(choice["finish_reason"] == "stop" for choice in answer["choices"])
+    after = server.wait_until_idle()["generated"]
+    assert after - before < 100 * 100
 
 
 def test_the_end_of_the_context_is_a_length(server):
