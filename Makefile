@@ -13,12 +13,13 @@ C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c examples/*.c tests/c/*.c
 BUILD_INPUTS := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c) csrc/build_binding.py setup.py pyproject.toml
 
 SOAK_KILLS ?= 100
+SOAK_ROUNDS ?= 20
 SOAK_SEED ?= 0
 SOAK_CHAOS_SEEDS ?= 2000
 SOAK_CHAOS_FIRST ?= 1000
 
-.PHONY: serve precoder test test-env asan ubsan tsan models mutants soak soak-kill soak-faults soak-chaos targets \
-    performance lint format docs wheel clean
+.PHONY: serve precoder test test-env asan ubsan tsan models mutants soak soak-kill soak-faults soak-chaos soak-http \
+    targets performance lint format docs wheel clean
 
 serve: $(VENV)/.installed-serve
 	$(BIN)/xccl serve --prompt "$(PROMPT)" $(SERVE_ARGS)
@@ -63,12 +64,16 @@ tsan: $(VENV)/.installed-test
 models: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -s tests/models
 
+# 200 clients at once, again and again: nothing may fail or leak.
+soak-http: $(VENV)/.installed-test
+	$(BIN)/python tests/load_http.py --rounds $(SOAK_ROUNDS) --seed $(SOAK_SEED)
+
 # Every mutant of tests/mutants/ must make its tests fail. Takes minutes.
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants/run.py
 
 # The long campaigns, of which `make test` runs a bounded share.
-soak: asan ubsan tsan models mutants soak-kill soak-faults soak-chaos
+soak: asan ubsan tsan models mutants soak-kill soak-faults soak-chaos soak-http
 	$(BIN)/python tests/c/sanitize.py address,undefined --fuzz 20000
 
 # xccl against three MPIs, which are installed if they are not there: which targets are met. About 15 minutes on 2 cores.
