@@ -11,6 +11,16 @@ from xccl.cgroup import oom_kills
 _OF_A_SHELL = 128  # a shell exits with 128 + n when signal n killed its child
 
 
+def describe_exit(code: int) -> str:
+    """ "killed by SIGKILL" or "exited with code 3", from an exit code, or minus the number of a signal."""
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
 class Exits:
     """Puts into the rank table why ranks died, where the others find it.
 
@@ -24,14 +34,7 @@ class Exits:
 
     def describe(self, code: int) -> str:
         """ "killed by SIGKILL", "exited with code 3", or "killed, out of memory"."""
-        if self._is_out_of_memory(code):
-            return "killed, out of memory"
-        if code >= 0:
-            return f"exited with code {code}"
-        try:
-            return f"killed by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"killed by signal {-code}"
+        return "killed, out of memory" if self._is_out_of_memory(code) else describe_exit(code)
 
     def of_rank(self, rank: int, pid: int, code: int) -> int:
         """The rank's own code, from that of its process: a shell tells of a signal in its own way."""

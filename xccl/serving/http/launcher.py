@@ -15,8 +15,8 @@ from types import FrameType
 from typing import Any
 
 import xccl
+from xccl._exits import describe_exit
 from xccl.errors import XcclError
-from xccl.launcher import describe_exit
 from xccl.serving.http.front import FrontSettings, front_main
 from xccl.serving.link import Link
 from xccl.serving.online import serve_online
@@ -75,7 +75,9 @@ def serve_http(
             if front is None:
                 raise
             if (code := front.exit_code()) is not None:
-                raise XcclError(f"xccl serve: the HTTP process (pid {front.pid}) {describe_exit(code)}") from error
+                raise XcclError(
+                    f"xccl serve: the HTTP process (pid {front.pid}) ended: {describe_exit(code)}"
+                ) from error
             front.end(str(error).splitlines()[0])
             raise
         finally:
