@@ -196,6 +196,7 @@ int xccl_shm_rank_info(const xccl_world_t *world, int rank, xccl_rank_info_t *ou
         .phase = atomic_load(&entry->phase),
         .waits_for = atomic_load(&entry->waits_for),
         .moved_ns = atomic_load(&entry->moved_ns),
+        .reads_peers = atomic_load(&entry->reads_peers) == 1,
     };
     snprintf(out->operation, sizeof out->operation, "%s", xccl_op_name(atomic_load(&entry->operation)));
     if (out->state == XCCL_RANK_DEAD)

@@ -128,6 +128,7 @@ typedef struct xccl_rank_info_t {
     int32_t waits_for;   /* world rank that it waits for first, -1: none */
     int64_t moved_ns;    /* when operation or phase last changed, CLOCK_MONOTONIC */
     char cause[32];      /* of a dead rank's end: "killed by SIGKILL"; empty: not known */
+    int32_t reads_peers; /* 1: it reads the ordinary memory of its peers through the kernel: one copy for large messages */
 } xccl_rank_info_t;
 
 /* What a world is, for tools. */

@@ -188,3 +188,16 @@ def test_kills_for_want_of_memory_are_counted(files: dict[str, str], kills: int,
 
 def test_cores_are_at_least_one() -> None:
     assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
+
+
+def test_refused_single_copies_are_a_warning_that_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scope = tmp_path / "proc/sys/kernel/yama/ptrace_scope"
+    scope.parent.mkdir(parents=True)
+    scope.write_text("1\n")
+    assert doctor.check_single_copy(doctor.Machine(tmp_path)).status == doctor.PASS, "tried, not guessed"
+    monkeypatch.setattr(doctor, "_SINGLE_COPY", "print(0)")
+    finding = doctor.check_single_copy(doctor.Machine(tmp_path))
+    assert finding.status == doctor.WARN
+    assert "ptrace_scope is 1" in finding.why
+    monkeypatch.setenv("XCCL_CMA", "off")
+    assert "switched off" in doctor.check_single_copy(doctor.Machine(tmp_path)).why
