@@ -210,10 +210,27 @@ def _inference(out: Path) -> Table | None:
     return Table(title, ["", "K=4 us", "K=8 us", "K=4 Mflop", "K=8 Mflop"], rows)
 
 
+_COSTS = {
+    "ms_1_rank": "step on 1 rank, ms",
+    "ms_2_ranks": "step on 2 ranks, ms",
+    "speed_up": "1 rank / 2 ranks",
+    "share_in_all_reduce": "share in all_reduce (waiting included)",
+    "xccl_us": "bare all_reduce, xccl, us",
+    "gloo_us": "bare all_reduce, gloo, us",
+    "xccl_share_of_step": "beside gloo: share in all_reduce, xccl",
+    "gloo_share_of_step": "beside gloo: share in all_reduce, gloo",
+    "xccl_step_ms": "beside gloo: step with xccl, ms",
+    "gloo_step_ms": "beside gloo: step with gloo, ms",
+}
+
+
 def _ranks(out: Path) -> Table | None:
     rows = []
     for name in ("ranks", "reduce"):
         path = out / f"speed-{name}.json"
         figures = json.loads(path.read_text()) if path.exists() else {}
-        rows += [[key, *(f"{value[part]:.4g}" for part in ("median", "min", "max"))] for key, value in figures.items()]
+        rows += [
+            [_COSTS[key], *(f"{value[part]:.4g}" for part in ("median", "min", "max"))]
+            for key, value in figures.items()
+        ]
     return Table("Training step, K=8, batch 256, one BLAS thread a rank", ["", "median", "lowest", "highest"], rows)
