@@ -206,13 +206,14 @@ static int allocate_tables(xccl_moe_t *moe) {
     moe->dest = malloc(size * sizeof *moe->dest);
     moe->expert_count = malloc(num_experts * sizeof *moe->expert_count);
     moe->quantized = malloc((size_t)moe->config.hidden);
-    moe->cursor = malloc(num_experts * sizeof *moe->cursor);
-    moe->places = malloc(num_topk * sizeof *moe->places);
+    moe->puller.cursor = malloc(num_experts * sizeof *moe->puller.cursor);
+    moe->puller.places = malloc(num_topk * sizeof *moe->puller.places);
     moe->outputs = malloc(size * sizeof *moe->outputs);
     moe->terms = malloc(num_topk * sizeof *moe->terms);
     moe->term_weights = malloc(num_topk * sizeof *moe->term_weights);
     if (!moe->owner || !moe->local_index || !moe->num_experts_of || !moe->dest || !moe->expert_count ||
-        !moe->quantized || !moe->cursor || !moe->places || !moe->outputs || !moe->terms || !moe->term_weights)
+        !moe->quantized || !moe->puller.cursor || !moe->puller.places || !moe->outputs || !moe->terms ||
+        !moe->term_weights)
         return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for the tables of %zu experts", moe->comm->rank,
                          num_experts);
     return XCCL_OK;
@@ -225,8 +226,8 @@ static void free_tables(xccl_moe_t *moe) {
     free(moe->dest);
     free(moe->expert_count);
     free(moe->quantized);
-    free(moe->cursor);
-    free(moe->places);
+    free(moe->puller.cursor);
+    free(moe->puller.places);
     free(moe->outputs);
     free((void *)moe->terms);
     free(moe->term_weights);
@@ -237,6 +238,17 @@ static void index_experts(xccl_moe_t *moe, const int32_t *owner) {
     memcpy(moe->owner, owner, (size_t)moe->config.num_experts * sizeof *owner);
     for (int64_t e = 0; e < moe->config.num_experts; e++)
         moe->local_index[e] = (int32_t)moe->num_experts_of[owner[e]]++;
+}
+
+static void describe_pulls(xccl_moe_t *moe) {
+    moe->puller.operation = "dispatch";
+    moe->puller.rank = moe->comm->rank;
+    moe->puller.kernel = moe->kernel;
+    moe->puller.dtype = moe->config.dtype;
+    moe->puller.hidden = (uint64_t)moe->config.hidden;
+    moe->puller.staged_bytes = moe->layout.staged_bytes;
+    moe->puller.num_topk = (uint64_t)moe->config.num_topk;
+    moe->puller.num_local = xccl_moe_num_local(moe);
 }
 
 /* Received rows up to this are written through the caches, for combine to find them there; what follows goes past
@@ -285,6 +297,7 @@ static int open_group(xccl_moe_t *moe, const int32_t *owner, int64_t timeout_ns)
     if (status != XCCL_OK)
         return status;
     index_experts(moe, owner);
+    describe_pulls(moe);
     moe->cached_bytes = cached_bytes(comm->world);
     xccl_op_begin(comm->world, XCCL_OP_EP_OPEN);
     int64_t deadline = xccl_deadline(comm->world, timeout_ns);

@@ -24,6 +24,7 @@
 #include "comm.h"
 #include "gas.h"
 #include "kernel.h"
+#include "moe_pull.h"
 #include "racecheck.h"
 
 enum { XCCL_MOE_PARITIES = 2, XCCL_MOE_POOL_BUFFERS = 2 };
@@ -55,13 +56,11 @@ typedef struct xccl_moe_layout_t {
 /* USAGE for a bad configuration or one whose sizes leave 62 bits. */
 int xccl_moe_layout(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner, xccl_moe_layout_t *out);
 
-/* One row that a destination has to place: a token that chose one of its experts. A source's entries are in the
- * order of (token, slot), so its rows for an expert are placed in the order in which they are found here. */
-typedef struct xccl_moe_entry_t {
-    uint32_t token; /* also the index of its staged row and scale */
-    uint32_t local_expert;
-} xccl_moe_entry_t;
-_Static_assert(sizeof(xccl_moe_entry_t) == 8, "an entry is read by peers");
+/* USAGE naming `who` for a number out of range, or an owner that is none of the ranks. */
+int xccl_moe_check_config(const char *who, const xccl_moe_config_t *config, int num_ranks, const int32_t *owner);
+
+/* The highest count of experts at one owner. */
+uint64_t xccl_moe_most_experts(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner);
 
 static inline uint64_t xccl_moe_lines(uint64_t bytes) {
     return (bytes + XCCL_LINE - 1) / XCCL_LINE * XCCL_LINE;
@@ -127,11 +126,10 @@ struct xccl_moe_t {
     int32_t *local_index;     /* [num_experts] index among its owner's experts */
     uint64_t *num_experts_of; /* [R] */
 
-    xccl_moe_dest_t *dest;       /* [R] scratch of the send half */
-    uint32_t *expert_count;      /* [num_experts] scratch of the send half */
-    int8_t *quantized;           /* [hidden] scratch of the send half */
-    uint64_t *cursor;            /* [num_local_experts] scratch of pull: next row of an expert */
-    unsigned char **places;      /* [num_topk] scratch of pull: where one token goes */
+    xccl_moe_dest_t *dest;  /* [R] scratch of the send half */
+    uint32_t *expert_count; /* [num_experts] scratch of the send half */
+    int8_t *quantized;      /* [hidden] scratch of the send half */
+    xccl_moe_puller_t puller;
     xccl_moe_outputs_t *outputs; /* [R] scratch of combine */
     const void **terms;          /* [num_topk] scratch of combine */
     float *term_weights;         /* [num_topk] */
