@@ -24,6 +24,7 @@
 #include "comm.h"
 #include "gas.h"
 #include "kernel.h"
+#include "moe_open.h"
 #include "moe_pull.h"
 #include "racecheck.h"
 
@@ -111,7 +112,7 @@ struct xccl_moe_t {
     xccl_moe_config_t config;
     xccl_moe_layout_t layout;
     const xccl_kernel_t *kernel;
-    uint64_t metadata, staging, pool; /* offsets of the blocks in every window */
+    xccl_moe_blocks_t blocks;
     uint64_t cached_bytes;   /* of received rows that are written through the caches, unless all go past them */
     bool streams;            /* what the last dispatch did with its rows: stages follow it */
     float store_cost[64][2]; /* ns a byte by log2 of the bytes; through the caches, past them; 0 unknown */
@@ -141,7 +142,7 @@ static inline uint64_t xccl_moe_num_local(const xccl_moe_t *moe) {
 
 /* Where a member's peer writes its line of an array of the metadata block. */
 static inline uint64_t xccl_moe_line_of(const xccl_moe_t *moe, uint64_t array, int peer) {
-    return moe->metadata + array + (uint64_t)peer * XCCL_LINE;
+    return moe->blocks.metadata + array + (uint64_t)peer * XCCL_LINE;
 }
 
 /* The own line that `peer` writes. */

@@ -43,7 +43,7 @@ static int stage_combine(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void 
     xccl_world_t *world = moe->comm->world;
     uint64_t epoch = moe->combine_epoch + 1;
     int parity = xccl_moe_parity(epoch);
-    uint64_t stage = moe->staging + moe->layout.combine_stage[parity];
+    uint64_t stage = moe->blocks.staging + moe->layout.combine_stage[parity];
     if (epoch > XCCL_MOE_PARITIES) {
         int status = xccl_moe_wait_all(moe, moe->layout.combine_done[parity], epoch - XCCL_MOE_PARITIES,
                                        "combine: receipt of the last but one", deadline);
@@ -143,7 +143,7 @@ static int check_peers(xccl_moe_t *moe, const xccl_moe_handle_t *handle) {
 }
 
 static void find_outputs(xccl_moe_t *moe, const xccl_moe_handle_t *handle) {
-    uint64_t stage = moe->staging + moe->layout.combine_stage[xccl_moe_parity(handle->combine_epoch)];
+    uint64_t stage = moe->blocks.staging + moe->layout.combine_stage[xccl_moe_parity(handle->combine_epoch)];
     for (int rank = 0; rank < moe->comm->size; rank++) {
         const xccl_field_t *field = field_of(moe, handle, rank);
         const unsigned char *window = xccl_gas_at(moe->comm->world, moe->comm->ranks[rank], 0);

@@ -16,7 +16,7 @@ static xccl_moe_source_t source_of(const xccl_moe_t *moe, const xccl_moe_handle_
     const xccl_field_t *field = field_of(moe, handle, source);
     const unsigned char *window = xccl_gas_at(moe->comm->world, moe->comm->ranks[source], 0);
     const unsigned char *stage =
-        window + moe->staging + moe->layout.dispatch_stage[xccl_moe_parity(handle->dispatch_epoch)];
+        window + moe->blocks.staging + moe->layout.dispatch_stage[xccl_moe_parity(handle->dispatch_epoch)];
     bool quantized = moe->config.quant == XCCL_QUANT_INT8;
     return (xccl_moe_source_t){
         .rank = source,
