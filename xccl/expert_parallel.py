@@ -10,9 +10,9 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from xccl._binding import array_address, check, ffi, lib, readable, timeout_ns, writable
+from xccl._binding import array_address, check, ffi, lib, timeout_ns, writable
 from xccl.communicator import Communicator
-from xccl.errors import XcclUsageError
+from xccl.moe_arguments import RowArguments, start_of_rows, time_left
 from xccl.moe_config import BufferBytes, Quant, make_config, row_dtype
 from xccl.moe_handle import Handle, Hook
 from xccl.row_pool import RowPool
@@ -22,14 +22,11 @@ Rows = tuple[Array, Handle]
 RawRows = tuple[tuple[NDArray[np.int8], NDArray[np.float32]], Handle]  # with dequantize=False
 
 _INT8 = np.dtype(np.int8)
-_INT64 = np.dtype(np.int64)
-_FLOAT32 = np.dtype(np.float32)
 
-_POINTER, _INT64_POINTER, _FLOAT_POINTER = (ffi.typeof(name) for name in ("void *", "int64_t *", "float *"))
 _INT32S, _FLOATS = ffi.typeof("int32_t[]"), ffi.typeof("float[]")
 
 
-class ExpertParallel:
+class ExpertParallel(RowArguments):
     """The experts of an MoE layer, spread over the ranks of a communicator (the paper's dispatch and combine, Fig. 7).
 
     Every operation is collective: a rank without tokens takes part with zero. Results depend on the routing only, not
@@ -192,7 +189,7 @@ class ExpertParallel:
         started = time.monotonic()
         handle = self._send(x, topk_idx, topk_weights, out, dequantize, timeout)
         try:
-            return self._receive(handle, out, dequantize, _left(timeout, started))
+            return self._receive(handle, out, dequantize, time_left(timeout, started))
         except BaseException as error:
             self._fail("dispatch", error)
             raise
@@ -254,7 +251,7 @@ class ExpertParallel:
             raise self._error("dispatch", "dequantize=False needs quant='int8'")
         rows = self._rows("dispatch", "x", x)
         num_tokens = x.shape[0]
-        slots = self._slots("dispatch", "topk_idx", topk_idx, num_tokens, _INT64)
+        slots = self._experts("dispatch", topk_idx, num_tokens)
         weights = self._weights("dispatch", topk_weights, num_tokens)
         if out is not None:
             self._rows("dispatch", "out", out, self.dtype if dequantize else _INT8, write=True)
@@ -330,7 +327,7 @@ class ExpertParallel:
         started = time.monotonic()
         self._publish(y, handle, topk_weights, out, timeout)
         try:
-            return self._sum(handle, out, _left(timeout, started))
+            return self._sum(handle, out, time_left(timeout, started))
         except BaseException as error:
             self._fail("combine", error)
             raise
@@ -364,7 +361,7 @@ class ExpertParallel:
         if not isinstance(handle, Handle) or handle._ep is not self:
             raise self._error("combine", f"the handle is not one of this ExpertParallel's dispatches: {handle!r}")
         if hasattr(handle, "num_recv"):  # otherwise the C core says that the dispatch has not completed
-            self._outputs(y, handle.num_recv)
+            self._outputs("combine", y, handle.num_recv)
         weights = self._weights("combine", topk_weights, handle.num_tokens)
         if out is not None:
             self._rows("combine", "out", out, write=True)
@@ -372,8 +369,7 @@ class ExpertParallel:
                 raise self._error("combine", f"out has {out.shape[0]} rows, expected {handle.num_tokens}")
             if np.may_share_memory(out, y):
                 raise self._error("combine", "out overlaps y, which the peers read")
-        stride = y.strides[0] if y.shape[0] > 1 else y.nbytes
-        check(lib.xccl_moe_combine_send(group, handle._c, _start(y), stride, weights, timeout_ns(timeout)))
+        check(lib.xccl_moe_combine_send(group, handle._c, *start_of_rows(y), weights, timeout_ns(timeout)))
         self._in_flight[handle] = y
 
     def _sum(self, handle: Handle, out: Array | None, timeout: float | None) -> Array:
@@ -437,60 +433,3 @@ class ExpertParallel:
     def _fail(self, operation: str, error: BaseException) -> None:
         """A peer may wait for what this rank did not finish: no later operation can be trusted."""
         self._failure = f"{operation} failed halfway ({type(error).__name__})"
-
-    def _error(self, operation: str, text: str) -> XcclUsageError:
-        return XcclUsageError(f"{operation} on rank {self.comm.rank}: {text}")
-
-    def _rows(
-        self, operation: str, name: str, a: Array, dtype: np.dtype[Any] | None = None, *, write: bool = False
-    ) -> Any:
-        """Pointer to rows of `hidden` elements."""
-        address = (writable if write else readable)(a, name, f"{operation} on rank {self.comm.rank}")
-        expected = dtype or self.dtype
-        if a.ndim != 2 or a.shape[1] != self.hidden or a.dtype != expected:
-            raise self._error(operation, f"{name} is {_kind(a)}, expected {expected} [rows, {self.hidden}]")
-        return address
-
-    def _slots(self, operation: str, name: str, a: Array, num_tokens: int, dtype: np.dtype[Any]) -> Any:
-        """Pointer to one number for each token and expert slot."""
-        address = readable(a, name, f"{operation} on rank {self.comm.rank}")
-        if a.shape != (num_tokens, self.num_topk) or a.dtype != dtype:
-            expected = f"{dtype} [{num_tokens}, {self.num_topk}]"
-            raise self._error(operation, f"{name} is {_kind(a)}, expected {expected} [num_tokens, num_topk]")
-        return ffi.cast(_INT64_POINTER if dtype == _INT64 else _FLOAT_POINTER, address)
-
-    def _weights(self, operation: str, a: Array | None, num_tokens: int) -> Any:
-        if a is None:
-            return ffi.NULL
-        return self._slots(operation, "topk_weights", a, num_tokens, _FLOAT32)
-
-    def _outputs(self, y: Array, num_recv: int) -> None:
-        """y may have distant rows, but each must be contiguous."""
-        if not isinstance(y, np.ndarray):
-            raise self._error("combine", f"y must be a NumPy array, got {type(y).__name__}")
-        if y.shape != (num_recv, self.hidden) or y.dtype != self.dtype:
-            raise self._error("combine", f"y is {_kind(y)}, expected {self.dtype} [{num_recv}, {self.hidden}]")
-        contiguous = y.strides[1] == y.itemsize or self.hidden == 1
-        ascending = y.strides[0] >= self.hidden * y.itemsize or num_recv == 1
-        if num_recv > 0 and not (contiguous and ascending):
-            raise self._error(
-                "combine",
-                f"rows of y must be contiguous and ascending, got strides {y.strides}: pass "
-                "numpy.ascontiguousarray(...) of it (nothing is copied silently)",
-            )
-
-
-def _start(y: Array) -> Any:
-    """Pointer to the first row, also where rows are apart."""
-    if y.flags.c_contiguous:
-        return readable(y, "y", "combine")
-    return ffi.cast(_POINTER, array_address(y))
-
-
-def _kind(a: Array) -> str:
-    return f"{a.dtype} {list(a.shape)}"
-
-
-def _left(timeout: float | None, started: float) -> float | None:
-    """What is left of a call's timeout for its second half."""
-    return None if timeout is None else max(0.0, timeout - (time.monotonic() - started))

@@ -1,0 +1,89 @@
+"""What the arrays of MoE operations must look like, and the messages when they do not."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from xccl._binding import array_address, ffi, readable, writable
+from xccl.communicator import Communicator
+from xccl.errors import XcclUsageError
+
+Array = np.ndarray[Any, Any]
+
+_INT64 = np.dtype(np.int64)
+_FLOAT32 = np.dtype(np.float32)
+
+_POINTER, _INT64_POINTER, _FLOAT_POINTER = (ffi.typeof(name) for name in ("void *", "int64_t *", "float *"))
+
+
+class RowArguments:
+    """Checks the arrays given to operations on rows. Nothing is copied: what does not fit raises XcclUsageError."""
+
+    comm: Communicator
+    hidden: int
+    num_topk: int
+    dtype: np.dtype[Any]
+
+    def _error(self, operation: str, text: str) -> XcclUsageError:
+        return XcclUsageError(f"{operation} on rank {self.comm.rank}: {text}")
+
+    def _rows(
+        self, operation: str, name: str, a: Array, dtype: np.dtype[Any] | None = None, *, write: bool = False
+    ) -> Any:
+        """Pointer to rows of `hidden` elements."""
+        address = (writable if write else readable)(a, name, f"{operation} on rank {self.comm.rank}")
+        expected = dtype or self.dtype
+        if a.ndim != 2 or a.shape[1] != self.hidden or a.dtype != expected:
+            raise self._error(operation, f"{name} is {_kind(a)}, expected {expected} [rows, {self.hidden}]")
+        return address
+
+    def _slots(self, operation: str, name: str, a: Array, num_tokens: int, dtype: np.dtype[Any]) -> Any:
+        """Pointer to one number for each token and expert slot."""
+        address = readable(a, name, f"{operation} on rank {self.comm.rank}")
+        if a.shape != (num_tokens, self.num_topk) or a.dtype != dtype:
+            expected = f"{dtype} [{num_tokens}, {self.num_topk}]"
+            raise self._error(operation, f"{name} is {_kind(a)}, expected {expected} [num_tokens, num_topk]")
+        return ffi.cast(_INT64_POINTER if dtype == _INT64 else _FLOAT_POINTER, address)
+
+    def _experts(self, operation: str, a: Array, num_tokens: int) -> Any:
+        return self._slots(operation, "topk_idx", a, num_tokens, _INT64)
+
+    def _weights(self, operation: str, a: Array | None, num_tokens: int) -> Any:
+        if a is None:
+            return ffi.NULL
+        return self._slots(operation, "topk_weights", a, num_tokens, _FLOAT32)
+
+    def _outputs(self, operation: str, y: Array, num_recv: int) -> None:
+        """y may have distant rows, but each must be contiguous."""
+        if not isinstance(y, np.ndarray):
+            raise self._error(operation, f"y must be a NumPy array, got {type(y).__name__}")
+        if y.shape != (num_recv, self.hidden) or y.dtype != self.dtype:
+            raise self._error(operation, f"y is {_kind(y)}, expected {self.dtype} [{num_recv}, {self.hidden}]")
+        contiguous = y.strides[1] == y.itemsize or self.hidden == 1
+        ascending = y.strides[0] >= self.hidden * y.itemsize or num_recv == 1
+        if num_recv > 0 and not (contiguous and ascending):
+            raise self._error(
+                operation,
+                f"rows of y must be contiguous and ascending, got strides {y.strides}: pass "
+                "numpy.ascontiguousarray(...) of it (nothing is copied silently)",
+            )
+
+
+def start_of_rows(y: Array) -> tuple[Any, int]:
+    """Pointer to the first row, and bytes from row to row, also where rows are apart."""
+    stride = y.strides[0] if y.shape[0] > 1 else y.nbytes
+    if y.flags.c_contiguous:
+        return readable(y, "y", "outputs"), stride
+    return ffi.cast(_POINTER, array_address(y)), stride
+
+
+def time_left(timeout: float | None, started: float) -> float | None:
+    """What is left of a call's timeout for its second half."""
+    return None if timeout is None else max(0.0, timeout - (time.monotonic() - started))
+
+
+def _kind(a: Array) -> str:
+    return f"{a.dtype} {list(a.shape)}"
