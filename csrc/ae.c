@@ -24,6 +24,7 @@ static bool allocate_batch(xccl_ae_t *ae, xccl_ae_batch_t *batch) {
 static int allocate_tables(xccl_ae_t *ae) {
     size_t num_experts = (size_t)ae->config.layer.num_experts, num_topk = (size_t)ae->config.layer.num_topk;
     size_t expert_ranks = (size_t)ae->config.num_expert_ranks;
+    ae->ranks = malloc((size_t)ae->comm->size * sizeof *ae->ranks);
     ae->attention_ranks = malloc((size_t)ae->config.num_attention_ranks * sizeof *ae->attention_ranks);
     ae->expert_ranks = malloc(expert_ranks * sizeof *ae->expert_ranks);
     ae->owner = malloc(num_experts * sizeof *ae->owner);
@@ -38,15 +39,15 @@ static int allocate_tables(xccl_ae_t *ae) {
     ae->terms = malloc(num_topk * sizeof *ae->terms);
     ae->term_weights = malloc(num_topk * sizeof *ae->term_weights);
     bool batches = allocate_batch(ae, &ae->batch[0]) && allocate_batch(ae, &ae->batch[1]);
-    if (!batches || !ae->attention_ranks || !ae->expert_ranks || !ae->owner || !ae->local_index ||
+    if (!batches || !ae->ranks || !ae->attention_ranks || !ae->expert_ranks || !ae->owner || !ae->local_index ||
         !ae->num_experts_of || !ae->puller.cursor || !ae->puller.places || !ae->parts || !ae->next_entry ||
         !ae->expert_count || !ae->outputs || !ae->terms || !ae->term_weights)
-        return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for the tables of %zu experts", ae->comm->rank,
-                         num_experts);
-    return XCCL_OK;
+        return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for the tables of %zu experts", ae->rank, num_experts);
+    return xccl_ae_link(ae);
 }
 
 static void free_tables(xccl_ae_t *ae) {
+    free(ae->ranks);
     free(ae->attention_ranks);
     free(ae->expert_ranks);
     free(ae->owner);
@@ -109,7 +110,8 @@ static int check_roles(const xccl_comm_t *comm, const xccl_ae_config_t *config, 
 }
 
 static void take_roles(xccl_ae_t *ae, const int32_t *attention_ranks, const int32_t *expert_ranks) {
-    int rank = ae->comm->rank, num_attention = ae->config.num_attention_ranks;
+    int rank = ae->rank, num_attention = ae->config.num_attention_ranks;
+    memcpy(ae->ranks, ae->comm->ranks, (size_t)ae->comm->size * sizeof *ae->ranks);
     memcpy(ae->attention_ranks, attention_ranks, (size_t)num_attention * sizeof *attention_ranks);
     memcpy(ae->expert_ranks, expert_ranks, (size_t)ae->config.num_expert_ranks * sizeof *expert_ranks);
     ae->attention = index_of(attention_ranks, num_attention, rank);
@@ -122,7 +124,7 @@ static void take_roles(xccl_ae_t *ae, const int32_t *attention_ranks, const int3
 
 static void describe_pulls(xccl_ae_t *ae) {
     ae->puller.operation = "a2e_recv";
-    ae->puller.rank = ae->comm->rank;
+    ae->puller.rank = ae->rank;
     ae->puller.kernel = ae->kernel;
     ae->puller.dtype = ae->config.layer.dtype;
     ae->puller.hidden = (uint64_t)ae->config.layer.hidden;
@@ -161,8 +163,8 @@ static int open_domain(xccl_ae_t *ae, const xccl_ae_config_t *config, const int3
     index_experts(ae, owner);
     take_roles(ae, attention_ranks, expert_ranks);
     describe_pulls(ae);
-    ae->cached_bytes = xccl_moe_cached_bytes(ae->comm->world);
-    xccl_op_begin(ae->comm->world, XCCL_OP_AE_OPEN);
+    ae->cached_bytes = xccl_moe_cached_bytes(ae->world);
+    xccl_op_begin(ae->world, XCCL_OP_AE_OPEN);
     status = agree(ae, config, timeout_ns);
     if (status == XCCL_OK)
         status = xccl_moe_take_blocks(ae->comm, &ae->layout.bytes, timeout_ns, &ae->blocks);
@@ -178,6 +180,8 @@ int xccl_ae_open(xccl_comm_t *comm, const xccl_ae_config_t *config, const int32_
     if (!ae)
         return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for a domain", comm->rank);
     ae->comm = comm;
+    ae->world = comm->world;
+    ae->rank = comm->rank;
     ae->config = *config;
     ae->config.path = xccl_ae_path(config);
     status = open_domain(ae, config, attention_ranks, expert_ranks, owner, timeout_ns);
@@ -220,6 +224,7 @@ int xccl_ae_close(xccl_ae_t *ae, int keep_pool, int64_t timeout_ns) {
 }
 
 void xccl_ae_discard(xccl_ae_t *ae) {
+    xccl_ae_unlink(ae);
     free_tables(ae);
     free(ae);
 }

@@ -141,8 +141,16 @@ typedef struct xccl_ae_batch_t {
     xccl_moe_source_t *sources;   /* [A] */
 } xccl_ae_batch_t;
 
+typedef struct xccl_ae_link_t xccl_ae_link_t;
+
+/* `comm` is for opening, closing and the starts of calls: the rest, which a trampoline may do while it waits for
+ * something else, also when the communicator is closed already, has world, rank and ranks of its own. */
 struct xccl_ae_t {
     xccl_comm_t *comm;
+    xccl_world_t *world;
+    int rank;
+    int *ranks; /* world rank of each member */
+    xccl_ae_link_t *link;
     xccl_ae_config_t config; /* path is not AUTO */
     xccl_ae_layout_t layout;
     const xccl_kernel_t *kernel;
@@ -209,10 +217,6 @@ static inline int xccl_ae_hub_member(const xccl_ae_t *ae, int hub) {
     return ae->expert_ranks[(ae->config.first_trampoline + hub) % ae->config.num_expert_ranks];
 }
 
-static inline int xccl_ae_world_rank(const xccl_ae_t *ae, int member) {
-    return ae->comm->ranks[member];
-}
-
 /* ---- where things lie ---- */
 
 static inline uint64_t xccl_ae_line(const xccl_ae_t *ae, uint64_t array, int index) {
@@ -220,7 +224,7 @@ static inline uint64_t xccl_ae_line(const xccl_ae_t *ae, uint64_t array, int ind
 }
 
 static inline const xccl_field_t *xccl_ae_own_line(const xccl_ae_t *ae, uint64_t array, int index) {
-    return xccl_gas_local(ae->comm->world, xccl_ae_line(ae, array, index));
+    return xccl_gas_local(ae->world, xccl_ae_line(ae, array, index));
 }
 
 /* Offset of a stage in the window of the hub. */
@@ -274,7 +278,37 @@ int xccl_ae_damaged(const xccl_ae_t *ae, const char *operation, int member, cons
 /* Makes sure that the first `bytes` at `offset` of a member's window have pages; *reserved is the high-water mark. */
 int xccl_ae_reserve(const xccl_ae_t *ae, int member, uint64_t offset, uint64_t bytes, uint64_t *reserved);
 
+/* ---- hubs ---- */
+
 /* Tells the expert ranks what an attention rank of this hub has staged. */
 void xccl_ae_tell_experts(xccl_ae_t *ae, uint64_t epoch, int attention, uint64_t num_tokens);
+
+/* The outputs that a hub waits for. */
+xccl_ae_lines_t xccl_ae_outputs_lines(const xccl_ae_t *ae, uint64_t epoch);
+
+/* Finds them, when they have come. */
+int xccl_ae_find_outputs(xccl_ae_t *ae, uint64_t epoch, const char *operation);
+
+/* The sums of an attention rank of this hub: both paths come here. */
+int xccl_ae_sum(xccl_ae_t *ae, uint64_t epoch, int attention, uint64_t num_tokens, const char *operation,
+                unsigned char *out);
+
+/* Tells the expert ranks that wait for it that their y has been read. */
+void xccl_ae_say_read(xccl_ae_t *ae, uint64_t epoch);
+
+/* ---- trampolines ---- */
+
+/* A trampoline forwards, and sums, in its own calls and whenever it waits for anything: others wait for it. */
+
+/* Does what can be done without waiting, and leaves the rest to the waits to come. */
+int xccl_ae_help(xccl_ae_t *ae);
+
+/* Waits until it has forwarded the micro-batch; until it has summed it. */
+int xccl_ae_wait_forwarded(xccl_ae_t *ae, xccl_ae_batch_t *batch, int64_t deadline);
+int xccl_ae_wait_summed(xccl_ae_t *ae, xccl_ae_batch_t *batch, int64_t deadline);
+
+/* The link between the waits of a world and a domain. */
+int xccl_ae_link(xccl_ae_t *ae);
+void xccl_ae_unlink(xccl_ae_t *ae);
 
 #endif

@@ -5,37 +5,9 @@
 #include "status.h"
 #include "wait.h"
 
-/* A2E at an expert rank: forwarding, if it is a trampoline; then pulling, as in dispatch. */
+/* A2E at an expert rank: pulling, as in dispatch. */
 
 static const char OPERATION[] = "a2e_recv";
-
-/* ---- trampoline ---- */
-
-static xccl_ae_lines_t staged_lines(const xccl_ae_t *ae, uint64_t epoch) {
-    return (xccl_ae_lines_t){.ae = ae,
-                             .array = ae->layout.staged[xccl_ae_parity(epoch)],
-                             .count = xccl_ae_own_slots(ae),
-                             .epoch = epoch,
-                             .writer = xccl_ae_staged_by,
-                             .what = "a2e: tokens for this trampoline"};
-}
-
-/* Tells the expert ranks about the tokens in all own slots. */
-static int forward(xccl_ae_t *ae, xccl_ae_batch_t *batch) {
-    int parity = xccl_ae_parity(batch->epoch);
-    uint64_t most = (uint64_t)ae->config.layer.num_max_tokens;
-    for (int slot = 0; slot < xccl_ae_own_slots(ae); slot++) {
-        uint64_t num_tokens = xccl_ae_word(&xccl_ae_own_line(ae, ae->layout.staged[parity], slot)->count);
-        if (num_tokens > most)
-            return xccl_ae_damaged(ae, OPERATION, xccl_ae_staged_by(ae, slot), "the number of tokens", num_tokens,
-                                   most);
-        batch->slot_tokens[slot] = num_tokens;
-    }
-    for (int slot = 0; slot < xccl_ae_own_slots(ae); slot++)
-        xccl_ae_tell_experts(ae, batch->epoch, xccl_ae_own_attention(ae, slot), batch->slot_tokens[slot]);
-    batch->forwarded = true;
-    return XCCL_OK;
-}
 
 int xccl_ae_recv_begin(xccl_ae_t *ae, uint64_t *out_batch) {
     int status = xccl_ae_check_expert(ae, OPERATION);
@@ -47,17 +19,14 @@ int xccl_ae_recv_begin(xccl_ae_t *ae, uint64_t *out_batch) {
         return xccl_fail(XCCL_ERR_USAGE,
                          "a2e_recv on rank %d: two micro-batches of this domain are in flight already: complete the "
                          "e2a_send of the first",
-                         ae->comm->rank);
-    xccl_op_begin(ae->comm->world, XCCL_OP_A2E_RECV);
+                         ae->rank);
+    xccl_op_begin(ae->world, XCCL_OP_A2E_RECV);
     batch->epoch = ae->epoch = epoch;
     batch->phase = XCCL_AE_RECEIVING;
     batch->forwarded = batch->summed = ae->hub < 0;
     batch->in_place = false;
-    xccl_ae_lines_t lines = staged_lines(ae, epoch);
-    if (!batch->forwarded && xccl_ae_have(&lines))
-        status = forward(ae, batch);
     *out_batch = epoch;
-    return status;
+    return xccl_ae_help(ae);
 }
 
 /* ---- counting ---- */
@@ -79,7 +48,7 @@ static int find_source(const xccl_ae_t *ae, const xccl_ae_batch_t *batch, int in
         return xccl_ae_damaged(ae, OPERATION, member, "the number of entries", count, most);
     int hub = xccl_ae_arrived_by(ae, index);
     const unsigned char *stage =
-        xccl_gas_at(ae->comm->world, ae->comm->ranks[hub], xccl_ae_stage(ae, batch->epoch, xccl_ae_slot_of(ae, index)));
+        xccl_gas_at(ae->world, ae->ranks[hub], xccl_ae_stage(ae, batch->epoch, xccl_ae_slot_of(ae, index)));
     bool quantized = ae->config.layer.quant == XCCL_QUANT_INT8;
     *out = (xccl_moe_source_t){
         .rank = member,
@@ -107,16 +76,10 @@ static int count_rows(xccl_ae_t *ae, xccl_ae_batch_t *batch) {
 }
 
 static int wait_and_count(xccl_ae_t *ae, xccl_ae_batch_t *batch, int64_t deadline) {
-    int status = XCCL_OK;
-    if (!batch->forwarded) {
-        xccl_ae_lines_t staged = staged_lines(ae, batch->epoch);
-        status = xccl_ae_wait(&staged, deadline);
-        if (status == XCCL_OK)
-            status = forward(ae, batch);
-    }
+    int status = xccl_ae_wait_forwarded(ae, batch, deadline);
     if (status != XCCL_OK)
         return status;
-    xccl_op_phase(ae->comm->world, 1);
+    xccl_op_phase(ae->world, 1);
     xccl_ae_lines_t arrived = {.ae = ae,
                                .array = ae->layout.arrived[xccl_ae_parity(batch->epoch)],
                                .count = ae->config.num_attention_ranks,
@@ -140,8 +103,8 @@ int xccl_ae_recv_wait(xccl_ae_t *ae, uint64_t epoch, int64_t timeout_ns, int64_t
     if (status == XCCL_OK)
         status = xccl_ae_find(ae, epoch, counted ? XCCL_AE_COUNTED : XCCL_AE_RECEIVING, OPERATION, &batch);
     if (status == XCCL_OK && !counted) {
-        xccl_op_begin(ae->comm->world, XCCL_OP_A2E_RECV);
-        status = wait_and_count(ae, batch, xccl_deadline(ae->comm->world, timeout_ns));
+        xccl_op_begin(ae->world, XCCL_OP_A2E_RECV);
+        status = wait_and_count(ae, batch, xccl_deadline(ae->world, timeout_ns));
     }
     if (status != XCCL_OK)
         return status;
@@ -167,7 +130,7 @@ static int pull_all(const xccl_ae_t *ae, const xccl_ae_batch_t *batch, const xcc
 static int note_received(const xccl_ae_t *ae, uint64_t epoch, const xccl_moe_rows_t *to) {
     for (int i = 0; i < ae->config.num_attention_ranks; i++)
         xccl_race_join(ae->comm, XCCL_RACE_A2E, epoch, ae->attention_ranks[i]);
-    return xccl_race_touch(ae->comm->world, to->x, to->num_rows * to->row_bytes, XCCL_RACE_WRITE, XCCL_OP_A2E_RECV);
+    return xccl_race_touch(ae->world, to->x, to->num_rows * to->row_bytes, XCCL_RACE_WRITE, XCCL_OP_A2E_RECV);
 }
 
 int xccl_ae_recv_pull(xccl_ae_t *ae, uint64_t epoch, void *recv_x, float *scales, int32_t *src_rank,
@@ -179,7 +142,7 @@ int xccl_ae_recv_pull(xccl_ae_t *ae, uint64_t epoch, void *recv_x, float *scales
     if (status != XCCL_OK)
         return status;
     if (scales && ae->config.layer.quant == XCCL_QUANT_NONE)
-        return xccl_fail(XCCL_ERR_USAGE, "a2e_recv on rank %d: there are no scales without quant", ae->comm->rank);
+        return xccl_fail(XCCL_ERR_USAGE, "a2e_recv on rank %d: there are no scales without quant", ae->rank);
     uint64_t row_bytes = scales ? (uint64_t)ae->config.layer.hidden : ae->layout.row_bytes;
     xccl_moe_rows_t to = {.x = recv_x,
                           .scales = scales,
@@ -189,7 +152,7 @@ int xccl_ae_recv_pull(xccl_ae_t *ae, uint64_t epoch, void *recv_x, float *scales
                           .row_bytes = row_bytes,
                           .streamed = (unsigned char *)recv_x + ae->cached_bytes};
     status = pull_all(ae, batch, &to);
-    if (status == XCCL_OK && !xccl_race_is_off(ae->comm->world))
+    if (status == XCCL_OK && !xccl_race_is_off(ae->world))
         status = note_received(ae, epoch, &to);
     if (status == XCCL_OK)
         batch->phase = XCCL_AE_RECEIVED;

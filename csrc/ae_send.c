@@ -16,8 +16,8 @@ static int count_parts(xccl_ae_t *ae, int64_t num_tokens, const int64_t *topk_id
             return xccl_fail(XCCL_ERR_USAGE,
                              "a2e on rank %d: topk_idx[%lld, %lld] is %lld, expected an expert from 0 to %lld, or -1 "
                              "for none",
-                             ae->comm->rank, (long long)(slot / num_topk), (long long)(slot % num_topk),
-                             (long long)expert, (long long)num_experts - 1);
+                             ae->rank, (long long)(slot / num_topk), (long long)(slot % num_topk), (long long)expert,
+                             (long long)num_experts - 1);
         if (expert >= 0)
             ae->parts[ae->owner[expert]].count++;
     }
@@ -87,12 +87,11 @@ static int check_a2e(const xccl_ae_t *ae, const xccl_ae_batch_t *batch, int64_t 
         return status;
     if (num_tokens < 0 || num_tokens > ae->config.layer.num_max_tokens)
         return xccl_fail(XCCL_ERR_USAGE,
-                         "a2e on rank %d: x has %lld tokens, expected at most num_max_tokens_per_rank = %lld",
-                         ae->comm->rank, (long long)num_tokens, (long long)ae->config.layer.num_max_tokens);
+                         "a2e on rank %d: x has %lld tokens, expected at most num_max_tokens_per_rank = %lld", ae->rank,
+                         (long long)num_tokens, (long long)ae->config.layer.num_max_tokens);
     if (batch->phase != XCCL_AE_IDLE)
         return xccl_fail(XCCL_ERR_USAGE,
-                         "a2e on rank %d: two micro-batches are in flight already: call e2a for the first",
-                         ae->comm->rank);
+                         "a2e on rank %d: two micro-batches are in flight already: call e2a for the first", ae->rank);
     return XCCL_OK;
 }
 
@@ -102,13 +101,13 @@ static int reserve(xccl_ae_t *ae, int hub, uint64_t stage, int parity, int64_t n
     int status = xccl_ae_reserve(ae, hub, stage, bytes, &ae->reserved[parity]);
     if (status != XCCL_OK || xccl_ae_is_direct(ae))
         return status;
-    return xccl_ae_reserve(ae, ae->comm->rank, ae->blocks.staging + ae->layout.result_stage[parity],
+    return xccl_ae_reserve(ae, ae->rank, ae->blocks.staging + ae->layout.result_stage[parity],
                            (uint64_t)num_tokens * ae->layout.row_bytes, &ae->result_reserved[parity]);
 }
 
 int xccl_ae_a2e(xccl_ae_t *ae, const void *x, int64_t num_tokens, const int64_t *topk_idx, const float *topk_weights,
                 uint64_t *out_batch) {
-    xccl_world_t *world = ae->comm->world;
+    xccl_world_t *world = ae->world;
     uint64_t epoch = ae->epoch + 1;
     int parity = xccl_ae_parity(epoch);
     xccl_ae_batch_t *batch = &ae->batch[parity];
@@ -126,7 +125,7 @@ int xccl_ae_a2e(xccl_ae_t *ae, const void *x, int64_t num_tokens, const int64_t 
                                  (xccl_race_buffers_t){.x = x, .x_bytes = (uint64_t)num_tokens * ae->layout.row_bytes});
     if (status != XCCL_OK)
         return status;
-    unsigned char *at = xccl_gas_at(world, ae->comm->ranks[hub], stage);
+    unsigned char *at = xccl_gas_at(world, ae->ranks[hub], stage);
     place_parts(ae, at);
     write_routing(ae, at, num_tokens, topk_idx, topk_weights);
     write_rows(ae, at, x, num_tokens, topk_idx);

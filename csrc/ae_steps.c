@@ -11,8 +11,8 @@ static int check_role(const xccl_ae_t *ae, bool has_role, const char *role, cons
     if (status != XCCL_OK)
         return status;
     if (!has_role)
-        return xccl_fail(XCCL_ERR_USAGE, "%s on rank %d: this is not one of the %s of this domain", operation,
-                         ae->comm->rank, role);
+        return xccl_fail(XCCL_ERR_USAGE, "%s on rank %d: this is not one of the %s of this domain", operation, ae->rank,
+                         role);
     return XCCL_OK;
 }
 
@@ -37,7 +37,7 @@ int xccl_ae_find(xccl_ae_t *ae, uint64_t epoch, xccl_ae_phase_t phase, const cha
     xccl_ae_batch_t *batch = &ae->batch[xccl_ae_parity(epoch)];
     xccl_ae_phase_t found = batch->epoch == epoch ? batch->phase : XCCL_AE_IDLE;
     if (found != phase)
-        return xccl_fail(XCCL_ERR_USAGE, "%s on rank %d: cannot use micro-batch %llu: %s", operation, ae->comm->rank,
+        return xccl_fail(XCCL_ERR_USAGE, "%s on rank %d: cannot use micro-batch %llu: %s", operation, ae->rank,
                          (unsigned long long)epoch, PHASES[found]);
     *out = batch;
     return XCCL_OK;
@@ -47,33 +47,32 @@ int xccl_ae_damaged(const xccl_ae_t *ae, const char *operation, int member, cons
                     uint64_t most) {
     return xccl_fail(XCCL_ERR_USAGE,
                      "%s on rank %d: damaged shared memory: %s from rank %d is %llu, expected at most %llu", operation,
-                     ae->comm->rank, field, member, (unsigned long long)got, (unsigned long long)most);
+                     ae->rank, field, member, (unsigned long long)got, (unsigned long long)most);
 }
 
 /* ---- telling others ---- */
 
 static void count_update(xccl_ae_t *ae, int member) {
-    ae->updates += member != ae->comm->rank;
+    ae->updates += member != ae->rank;
 }
 
 void xccl_ae_publish(xccl_ae_t *ae, int member, uint64_t line, uint64_t epoch, uint64_t offset, uint64_t count,
                      uint64_t time) {
     count_update(ae, member);
     /* release, see xccl_gas_field_at: what was staged is visible with the field */
-    xccl_gas_field_at(ae->comm->world, ae->comm->ranks[member], line, epoch, offset, count, time);
+    xccl_gas_field_at(ae->world, ae->ranks[member], line, epoch, offset, count, time);
 }
 
 void xccl_ae_signal(xccl_ae_t *ae, int member, uint64_t line, uint64_t epoch) {
     count_update(ae, member);
     /* release, see xccl_gas_signal_at: earlier loads and puts are done before the signal is seen */
-    xccl_gas_signal_at(ae->comm->world, ae->comm->ranks[member], line, epoch);
+    xccl_gas_signal_at(ae->world, ae->ranks[member], line, epoch);
 }
 
 void xccl_ae_tell_experts(xccl_ae_t *ae, uint64_t epoch, int attention, uint64_t num_tokens) {
     int num_experts = ae->config.num_expert_ranks;
     uint64_t line = xccl_ae_line(ae, ae->layout.arrived[xccl_ae_parity(epoch)], attention);
-    const xccl_ae_part_t *parts =
-        xccl_gas_local(ae->comm->world, xccl_ae_stage(ae, epoch, xccl_ae_slot_of(ae, attention)));
+    const xccl_ae_part_t *parts = xccl_gas_local(ae->world, xccl_ae_stage(ae, epoch, xccl_ae_slot_of(ae, attention)));
     /* Starting behind the own index spreads the first pulls. The line is free: its reader has pulled epoch - 2, or its
      * attention rank would not have sent this one. */
     for (int i = 0; i < num_experts; i++) {
@@ -128,7 +127,7 @@ static bool awaited(void *arg, int index, xccl_awaited_t *out) {
         if (seen >= lines->epoch || index-- > 0)
             continue;
         int member = lines->writer(lines->ae, line);
-        *out = (xccl_awaited_t){lines->ae->comm->ranks[member], lines->epoch, seen, lines->what};
+        *out = (xccl_awaited_t){lines->ae->ranks[member], lines->epoch, seen, lines->what};
         return true;
     }
     return false;
@@ -136,7 +135,7 @@ static bool awaited(void *arg, int index, xccl_awaited_t *out) {
 
 int xccl_ae_wait(xccl_ae_lines_t *lines, int64_t deadline) {
     xccl_wait_t wait = {ready, awaited, lines};
-    return xccl_wait(lines->ae->comm->world, &wait, deadline);
+    return xccl_wait(lines->ae->world, &wait, deadline);
 }
 
 /* ---- memory ---- */
@@ -144,7 +143,7 @@ int xccl_ae_wait(xccl_ae_lines_t *lines, int64_t deadline) {
 int xccl_ae_reserve(const xccl_ae_t *ae, int member, uint64_t offset, uint64_t bytes, uint64_t *reserved) {
     if (bytes <= *reserved)
         return XCCL_OK;
-    int status = xccl_heap_commit_at(ae->comm->world, ae->comm->ranks[member], offset + *reserved, bytes - *reserved);
+    int status = xccl_heap_commit_at(ae->world, ae->ranks[member], offset + *reserved, bytes - *reserved);
     if (status == XCCL_OK)
         *reserved = bytes;
     return status;

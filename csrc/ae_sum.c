@@ -1,84 +1,16 @@
 #include <string.h>
 
 #include "ae.h"
-#include "moe_outputs.h"
 #include "racecheck.h"
 #include "status.h"
 #include "wait.h"
 
-/* E2A: expert ranks publish their outputs to the hubs, which sum them. On the direct path the hub is the attention rank
- * itself; a trampoline writes the sums into its attention ranks' windows. */
+/* E2A where outputs are summed: on the direct path at the attention rank, else at its trampoline, which writes the sums
+ * into the attention rank's window. */
 
-/* ---- the outputs of an expert rank ---- */
+/* ---- at a hub ---- */
 
-/* Tells every attention rank's hub where its rows begin in y, for each expert of this rank. */
-static void write_row_starts(const xccl_ae_t *ae, const xccl_ae_batch_t *batch, uint64_t stage) {
-    uint64_t num_local = ae->puller.num_local;
-    uint64_t *table = xccl_gas_local(ae->comm->world, stage);
-    for (int i = 0; i < ae->config.num_attention_ranks; i++)
-        memcpy(table + (uint64_t)i * ae->layout.max_local_experts, batch->row_start + (uint64_t)i * num_local,
-               num_local * sizeof *table);
-}
-
-/* y as the hubs find it. */
-typedef struct published_t {
-    uint64_t offset; /* in the own window */
-    uint64_t row_stride;
-} published_t;
-
-/* The last but one's outputs have been read: the hubs told of this micro-batch after that. */
-static int stage_outputs(xccl_ae_t *ae, xccl_ae_batch_t *batch, const void *y, uint64_t row_stride, published_t *out) {
-    int parity = xccl_ae_parity(batch->epoch);
-    uint64_t stage = ae->blocks.staging + ae->layout.outputs_stage[parity], row_bytes = ae->layout.row_bytes;
-    uint64_t num_rows = (uint64_t)batch->num_recv, offset = 0;
-    uint64_t extent = xccl_moe_extent(num_rows, row_stride, row_bytes);
-    batch->in_place = extent > 0 && xccl_gas_is_symmetric(ae->comm->world, y, extent, &offset);
-    uint64_t copy_bytes = batch->in_place ? 0 : num_rows * row_bytes;
-    int status =
-        xccl_ae_reserve(ae, ae->comm->rank, stage, ae->layout.outputs_copy + copy_bytes, &ae->outputs_reserved[parity]);
-    if (status != XCCL_OK)
-        return status;
-    write_row_starts(ae, batch, stage);
-    *out = (published_t){offset, row_stride};
-    if (!batch->in_place) {
-        *out = (published_t){stage + ae->layout.outputs_copy, row_bytes};
-        xccl_moe_copy_rows(xccl_gas_local(ae->comm->world, out->offset), y, num_rows, row_stride, row_bytes);
-    }
-    return XCCL_OK;
-}
-
-int xccl_ae_send_begin(xccl_ae_t *ae, uint64_t epoch, const void *y, uint64_t row_stride) {
-    xccl_ae_batch_t *batch;
-    int status = xccl_ae_check_expert(ae, "e2a_send");
-    if (status == XCCL_OK)
-        status = xccl_ae_find(ae, epoch, XCCL_AE_RECEIVED, "e2a_send", &batch);
-    if (status != XCCL_OK)
-        return status;
-    if (row_stride < ae->layout.row_bytes && batch->num_recv > 1)
-        return xccl_fail(XCCL_ERR_USAGE, "e2a_send on rank %d: rows of y are %llu bytes apart, expected at least %llu",
-                         ae->comm->rank, (unsigned long long)row_stride, (unsigned long long)ae->layout.row_bytes);
-    xccl_op_begin(ae->comm->world, XCCL_OP_E2A_SEND);
-    published_t published;
-    status = stage_outputs(ae, batch, y, row_stride, &published);
-    if (status == XCCL_OK)
-        status = xccl_moe_note_rows(ae->comm->world, y, (uint64_t)batch->num_recv, row_stride, ae->layout.row_bytes,
-                                    XCCL_OP_E2A_SEND);
-    if (status != XCCL_OK)
-        return status;
-    xccl_race_publish(ae->comm, XCCL_RACE_E2A, epoch);
-    batch->phase = XCCL_AE_SENDING;
-    /* the field's release makes y and the row starts visible with it */
-    uint64_t line = xccl_ae_line(ae, ae->layout.outputs[xccl_ae_parity(epoch)], ae->expert);
-    int num_hubs = (int)ae->layout.num_hubs;
-    for (int i = 0; i < num_hubs; i++)
-        xccl_ae_publish(ae, xccl_ae_hub_member(ae, (ae->expert + i) % num_hubs), line, epoch, published.offset,
-                        (uint64_t)batch->num_recv, published.row_stride << 1 | batch->in_place);
-    return XCCL_OK;
-}
-
-/* ---- sums at a hub ---- */
-
-static xccl_ae_lines_t outputs_lines(const xccl_ae_t *ae, uint64_t epoch) {
+xccl_ae_lines_t xccl_ae_outputs_lines(const xccl_ae_t *ae, uint64_t epoch) {
     return (xccl_ae_lines_t){.ae = ae,
                              .array = ae->layout.outputs[xccl_ae_parity(epoch)],
                              .count = ae->config.num_expert_ranks,
@@ -103,12 +35,12 @@ static int find_outputs_of(const xccl_ae_t *ae, uint64_t epoch, int expert, cons
     const xccl_field_t *field = xccl_ae_own_line(ae, layout->outputs[parity], expert);
     uint64_t offset = xccl_ae_word(&field->offset), num_rows = xccl_ae_word(&field->count);
     uint64_t time = xccl_ae_word(&field->time), row_stride = time >> 1;
-    uint64_t window_bytes = ae->comm->world->stride, most = layout->max_recv_bytes / layout->row_bytes;
+    uint64_t window_bytes = ae->world->stride, most = layout->max_recv_bytes / layout->row_bytes;
     if (num_rows > most)
         return xccl_ae_damaged(ae, operation, member, "the number of output rows", num_rows, most);
     if (!fits(offset, num_rows, row_stride, layout->row_bytes, window_bytes))
         return xccl_ae_damaged(ae, operation, member, "the offset of the outputs", offset, window_bytes);
-    const unsigned char *window = xccl_gas_at(ae->comm->world, ae->comm->ranks[member], 0);
+    const unsigned char *window = xccl_gas_at(ae->world, ae->ranks[member], 0);
     *out = (xccl_ae_outputs_t){
         .y = window + offset,
         .row_stride = row_stride,
@@ -119,7 +51,7 @@ static int find_outputs_of(const xccl_ae_t *ae, uint64_t epoch, int expert, cons
     return XCCL_OK;
 }
 
-static int find_outputs(xccl_ae_t *ae, uint64_t epoch, const char *operation) {
+int xccl_ae_find_outputs(xccl_ae_t *ae, uint64_t epoch, const char *operation) {
     int status = XCCL_OK;
     for (int expert = 0; expert < ae->config.num_expert_ranks && status == XCCL_OK; expert++)
         status = find_outputs_of(ae, epoch, expert, operation, &ae->outputs[expert]);
@@ -161,11 +93,9 @@ static int sum_token(xccl_ae_t *ae, int attention, const xccl_ae_choice_t *choic
     return XCCL_OK;
 }
 
-/* The sums of an attention rank of this hub. */
-static int sum_slot(xccl_ae_t *ae, uint64_t epoch, int attention, uint64_t num_tokens, const char *operation,
-                    unsigned char *out) {
-    const unsigned char *stage =
-        xccl_gas_local(ae->comm->world, xccl_ae_stage(ae, epoch, xccl_ae_slot_of(ae, attention)));
+int xccl_ae_sum(xccl_ae_t *ae, uint64_t epoch, int attention, uint64_t num_tokens, const char *operation,
+                unsigned char *out) {
+    const unsigned char *stage = xccl_gas_local(ae->world, xccl_ae_stage(ae, epoch, xccl_ae_slot_of(ae, attention)));
     const xccl_ae_choice_t *choices = (const xccl_ae_choice_t *)(stage + ae->layout.stage_routing);
     int status = XCCL_OK;
     for (uint64_t token = 0; token < num_tokens && status == XCCL_OK; token++)
@@ -174,75 +104,24 @@ static int sum_slot(xccl_ae_t *ae, uint64_t epoch, int attention, uint64_t num_t
     return status;
 }
 
-/* Tells the expert ranks that wait for it that their y has been read. */
-static void say_read(xccl_ae_t *ae, uint64_t epoch) {
+void xccl_ae_say_read(xccl_ae_t *ae, uint64_t epoch) {
     uint64_t line = xccl_ae_line(ae, ae->layout.read[xccl_ae_parity(epoch)], ae->hub);
     for (int expert = 0; expert < ae->config.num_expert_ranks; expert++)
         if (ae->outputs[expert].in_place)
             xccl_ae_signal(ae, ae->expert_ranks[expert], line, epoch);
 }
 
-/* ---- the second half of e2a_send ---- */
-
-static int sum_at_trampoline(xccl_ae_t *ae, xccl_ae_batch_t *batch, int64_t deadline) {
-    int parity = xccl_ae_parity(batch->epoch);
-    xccl_ae_lines_t lines = outputs_lines(ae, batch->epoch);
-    int status = xccl_ae_wait(&lines, deadline);
-    if (status == XCCL_OK)
-        status = find_outputs(ae, batch->epoch, "e2a_send");
-    for (int slot = 0; slot < xccl_ae_own_slots(ae) && status == XCCL_OK; slot++) {
-        int attention = xccl_ae_own_attention(ae, slot), member = ae->attention_ranks[attention];
-        uint64_t result = ae->blocks.staging + ae->layout.result_stage[parity];
-        status = sum_slot(ae, batch->epoch, attention, batch->slot_tokens[slot], "e2a_send",
-                          xccl_gas_at(ae->comm->world, ae->comm->ranks[member], result));
-        if (status == XCCL_OK)
-            xccl_ae_signal(ae, member, xccl_ae_line(ae, ae->layout.summed[parity], 0), batch->epoch);
-    }
-    if (status != XCCL_OK)
-        return status;
-    say_read(ae, batch->epoch);
-    batch->summed = true;
-    return XCCL_OK;
-}
-
-int xccl_ae_send_finish(xccl_ae_t *ae, uint64_t epoch, int64_t timeout_ns) {
-    xccl_ae_batch_t *batch;
-    int status = xccl_ae_check_expert(ae, "e2a_send");
-    if (status == XCCL_OK)
-        status = xccl_ae_find(ae, epoch, XCCL_AE_SENDING, "e2a_send", &batch);
-    if (status != XCCL_OK)
-        return status;
-    xccl_op_begin(ae->comm->world, XCCL_OP_E2A_SEND);
-    xccl_op_phase(ae->comm->world, 1);
-    int64_t deadline = xccl_deadline(ae->comm->world, timeout_ns);
-    if (!batch->summed)
-        status = sum_at_trampoline(ae, batch, deadline);
-    if (status == XCCL_OK && batch->in_place) {
-        xccl_op_phase(ae->comm->world, 2);
-        xccl_ae_lines_t lines = {.ae = ae,
-                                 .array = ae->layout.read[xccl_ae_parity(epoch)],
-                                 .count = (int)ae->layout.num_hubs,
-                                 .epoch = epoch,
-                                 .writer = xccl_ae_read_by,
-                                 .what = "e2a: this rank's outputs read"};
-        status = xccl_ae_wait(&lines, deadline);
-    }
-    if (status == XCCL_OK)
-        batch->phase = XCCL_AE_IDLE;
-    return status;
-}
-
-/* ---- e2a at an attention rank ---- */
+/* ---- at an attention rank ---- */
 
 static int sum_here(xccl_ae_t *ae, const xccl_ae_batch_t *batch, void *out, int64_t deadline) {
-    xccl_ae_lines_t lines = outputs_lines(ae, batch->epoch);
+    xccl_ae_lines_t lines = xccl_ae_outputs_lines(ae, batch->epoch);
     int status = xccl_ae_wait(&lines, deadline);
     if (status == XCCL_OK)
-        status = find_outputs(ae, batch->epoch, "e2a");
+        status = xccl_ae_find_outputs(ae, batch->epoch, "e2a");
     if (status == XCCL_OK)
-        status = sum_slot(ae, batch->epoch, ae->attention, (uint64_t)batch->num_tokens, "e2a", out);
+        status = xccl_ae_sum(ae, batch->epoch, ae->attention, (uint64_t)batch->num_tokens, "e2a", out);
     if (status == XCCL_OK)
-        say_read(ae, batch->epoch);
+        xccl_ae_say_read(ae, batch->epoch);
     return status;
 }
 
@@ -256,7 +135,7 @@ static int take_sums(xccl_ae_t *ae, const xccl_ae_batch_t *batch, void *out, int
                              .what = "e2a: sums of the trampoline"};
     int status = xccl_ae_wait(&lines, deadline);
     if (status == XCCL_OK)
-        memcpy(out, xccl_gas_local(ae->comm->world, ae->blocks.staging + ae->layout.result_stage[parity]),
+        memcpy(out, xccl_gas_local(ae->world, ae->blocks.staging + ae->layout.result_stage[parity]),
                (uint64_t)batch->num_tokens * ae->layout.row_bytes);
     return status;
 }
@@ -265,7 +144,7 @@ static int take_sums(xccl_ae_t *ae, const xccl_ae_batch_t *batch, void *out, int
 static int note_sums(const xccl_ae_t *ae, const xccl_ae_batch_t *batch, void *out) {
     for (int expert = 0; expert < ae->config.num_expert_ranks; expert++)
         xccl_race_join(ae->comm, XCCL_RACE_E2A, batch->epoch, ae->expert_ranks[expert]);
-    return xccl_race_touch(ae->comm->world, out, (uint64_t)batch->num_tokens * ae->layout.row_bytes, XCCL_RACE_WRITE,
+    return xccl_race_touch(ae->world, out, (uint64_t)batch->num_tokens * ae->layout.row_bytes, XCCL_RACE_WRITE,
                            XCCL_OP_E2A);
 }
 
@@ -276,10 +155,10 @@ int xccl_ae_e2a(xccl_ae_t *ae, uint64_t epoch, void *out, int64_t timeout_ns) {
         status = xccl_ae_find(ae, epoch, XCCL_AE_SENT, "e2a", &batch);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(ae->comm->world, XCCL_OP_E2A);
-    int64_t deadline = xccl_deadline(ae->comm->world, timeout_ns);
+    xccl_op_begin(ae->world, XCCL_OP_E2A);
+    int64_t deadline = xccl_deadline(ae->world, timeout_ns);
     status = xccl_ae_is_direct(ae) ? sum_here(ae, batch, out, deadline) : take_sums(ae, batch, out, deadline);
-    if (status == XCCL_OK && !xccl_race_is_off(ae->comm->world))
+    if (status == XCCL_OK && !xccl_race_is_off(ae->world))
         status = note_sums(ae, batch, out);
     if (status == XCCL_OK)
         batch->phase = XCCL_AE_IDLE;
