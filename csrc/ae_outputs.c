@@ -23,13 +23,19 @@ typedef struct published_t {
     uint64_t row_stride;
 } published_t;
 
+/* Hubs can add up the elements of y where they lie. */
+static bool is_aligned(const xccl_ae_t *ae, const void *y, uint64_t row_stride) {
+    return ((uintptr_t)y | row_stride) % xccl_kernel_itemsize(ae->config.layer.dtype) == 0;
+}
+
 /* The last but one's outputs have been read: the hubs told of this micro-batch after that. */
 static int stage_outputs(xccl_ae_t *ae, xccl_ae_batch_t *batch, const void *y, uint64_t row_stride, published_t *out) {
     int parity = xccl_ae_parity(batch->epoch);
     uint64_t stage = ae->blocks.staging + ae->layout.outputs_stage[parity], row_bytes = ae->layout.row_bytes;
     uint64_t num_rows = (uint64_t)batch->num_recv, offset = 0;
     uint64_t extent = xccl_moe_extent(num_rows, row_stride, row_bytes);
-    batch->in_place = extent > 0 && xccl_gas_is_symmetric(ae->world, y, extent, &offset);
+    batch->in_place =
+        extent > 0 && is_aligned(ae, y, row_stride) && xccl_gas_is_symmetric(ae->world, y, extent, &offset);
     uint64_t copy_bytes = batch->in_place ? 0 : num_rows * row_bytes;
     int status =
         xccl_ae_reserve(ae, ae->rank, stage, ae->layout.outputs_copy + copy_bytes, &ae->outputs_reserved[parity]);

@@ -38,6 +38,9 @@ static int find_outputs_of(const xccl_ae_t *ae, uint64_t epoch, int expert, cons
     uint64_t window_bytes = ae->world->stride, most = layout->max_recv_bytes / layout->row_bytes;
     if (num_rows > most)
         return xccl_ae_damaged(ae, operation, member, "the number of output rows", num_rows, most);
+    if ((offset | row_stride) % xccl_kernel_itemsize(ae->config.layer.dtype) != 0)
+        return xccl_ae_damaged(ae, operation, member, "the unaligned offset or distance of outputs",
+                               offset | row_stride, window_bytes);
     if (!fits(offset, num_rows, row_stride, layout->row_bytes, window_bytes))
         return xccl_ae_damaged(ae, operation, member, "the offset of the outputs", offset, window_bytes);
     const unsigned char *window = xccl_gas_at(ae->world, ae->ranks[member], 0);

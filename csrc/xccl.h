@@ -3,7 +3,7 @@
  * xccl gives the processes ("ranks") of one machine a global address space in POSIX shared memory, with
  * one-sided put, get and signal; on it send/receive, collectives and MoE dispatch/combine.
  *
- *     moe          xccl_moe_*                 dispatch, combine
+ *     moe          xccl_moe_*, xccl_ae_*      dispatch, combine; A2E, E2A
  *     p2p, coll    xccl_p2p_*, xccl_coll_*    send/receive; collectives
  *     gas          xccl_gas_*, xccl_heap_*    symmetric heap, put/get/signal/atomics
  *     shm          xccl_shm_*                 segment, rank table, wait/wake, liveness
