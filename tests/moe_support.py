@@ -128,6 +128,24 @@ def random_batch(rng: np.random.Generator, layer: Layer) -> Batch:
     return Batch(layer, *random_inputs(rng, layer, layer.size))
 
 
+def place(
+    kind: str, y: np.ndarray, group: xccl.ExpertParallel | xccl.AttentionExpert, recv_x: np.ndarray, heap: np.ndarray
+) -> np.ndarray:
+    """y in one of the places where a caller may keep it."""
+    if kind == "recv_x":
+        target = recv_x
+    elif kind == "pool":
+        target = group.empty(len(y))
+    elif kind == "strided":  # rows of the pool with gaps between them
+        target = group.empty(2 * len(y))[::2]
+    elif kind == "heap" and y.nbytes <= heap.nbytes - 64:
+        target = heap[64 : 64 + y.nbytes].view(y.dtype).reshape(y.shape)
+    else:
+        return y.copy()
+    target[...] = y
+    return target
+
+
 def check_received(batch: Batch, rank: int, recv_x: np.ndarray, handle: object, what: object = "") -> None:
     expected = batch.received[rank]
     check_rows(expected, np.arange(len(batch.xs)), recv_x, handle, what)

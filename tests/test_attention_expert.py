@@ -13,7 +13,7 @@ import pytest
 from ae_support import SHAPES, MicroBatch, Roles, random_micro_batch, random_roles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from moe_support import DTYPES, Layer, assert_same_numbers, check_rows, random_layer
+from moe_support import DTYPES, Layer, assert_same_numbers, check_rows, place, random_layer
 from support import ranks
 
 import xccl
@@ -22,22 +22,6 @@ PATHS = ["direct", "trampoline"]
 
 
 # ---- the two sides ----
-
-
-def place(kind: str, y: np.ndarray, ae: xccl.AttentionExpert, recv_x: np.ndarray, heap: np.ndarray) -> np.ndarray:
-    """y in one of the places where a caller may keep it."""
-    if kind == "recv_x":
-        target = recv_x
-    elif kind == "pool":
-        target = ae.empty(len(y))
-    elif kind == "strided":  # rows of the pool with gaps between them
-        target = ae.empty(2 * len(y))[::2]
-    elif kind == "heap" and y.nbytes <= heap.nbytes - 64:
-        target = heap[64 : 64 + y.nbytes].view(y.dtype).reshape(y.shape)
-    else:
-        return y.copy()
-    target[...] = y
-    return target
 
 
 def receive_and_send(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from moe_support import DTYPES
 from support import ranks
-from test_moe_errors import BAD_DISPATCH, READ_ONLY
+from test_moe_errors import BAD_DISPATCH, READ_ONLY, refuses, tokens
 
 import xccl
 
@@ -29,15 +27,6 @@ def open_small(comm: xccl.Communicator, **changed: Any) -> xccl.AttentionExpert:
         "dtype": "float32",
     }
     return xccl.AttentionExpert(comm, **(arguments | changed))
-
-
-def tokens(n: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.ones((n, 8), F32), np.zeros((n, 2), np.int64)
-
-
-def refuses(match: str, call: Callable[[], Any]) -> None:
-    with pytest.raises(xccl.XcclUsageError, match=re.escape(match)):
-        call()
 
 
 def one_micro_batch(ae: xccl.AttentionExpert) -> None:
