@@ -115,7 +115,7 @@ int xccl_moe_pull(const xccl_moe_puller_t *puller, const xccl_moe_source_t *sour
             return bad_entry(puller, source, "the token", entry.token, source->num_tokens);
         const unsigned char *staged = source->rows + entry.token * puller->staged_bytes;
         float scale = source->scales ? source->scales[entry.token] : 1;
-        uint64_t used;
+        uint64_t used = 0;
         int status = place_token(puller, source, i, entry, scale, to, &used);
         if (status != XCCL_OK)
             return status;
