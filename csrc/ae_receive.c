@@ -41,11 +41,12 @@ static int find_source(const xccl_ae_t *ae, const xccl_ae_batch_t *batch, int in
     uint64_t most = (uint64_t)ae->config.layer.num_max_tokens;
     if (num_tokens > most)
         return xccl_ae_damaged(ae, OPERATION, member, "the number of tokens", num_tokens, most);
-    if (offset > layout->stage_routing || offset % sizeof(xccl_moe_entry_t) != 0)
-        return xccl_ae_damaged(ae, OPERATION, member, "the offset of the entries", offset, layout->stage_routing);
-    most = (layout->stage_routing - offset) / sizeof(xccl_moe_entry_t);
+    most = num_tokens * (uint64_t)ae->config.layer.num_topk;
     if (count > most)
         return xccl_ae_damaged(ae, OPERATION, member, "the number of entries", count, most);
+    most = layout->stage_routing - count * sizeof(xccl_moe_entry_t);
+    if (offset > most || offset % sizeof(xccl_moe_entry_t) != 0)
+        return xccl_ae_damaged(ae, OPERATION, member, "the offset of the entries", offset, most);
     int hub = xccl_ae_arrived_by(ae, index);
     const unsigned char *stage =
         xccl_gas_at(ae->world, ae->ranks[hub], xccl_ae_stage(ae, batch->epoch, xccl_ae_slot_of(ae, index)));

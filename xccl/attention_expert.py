@@ -381,7 +381,8 @@ class AttentionExpert(RowArguments):
     def e2a_send(self, y: Array, handle: A2EHandle, *, timeout: float | None = None) -> None:
         """Sends the experts' outputs to where they are summed; a trampoline sums them. On all expert ranks.
 
-        y may be changed on return.
+        y may be changed on return. So a y in symmetric memory makes it wait until it has been read: on the direct path
+        by the attention ranks in their e2a, on the trampoline path by trampolines in their e2a_send.
 
         Parameters
         ----------
