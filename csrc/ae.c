@@ -17,8 +17,8 @@ static bool allocate_batch(xccl_ae_t *ae, xccl_ae_batch_t *batch) {
     batch->row_start = malloc(num_attention * num_experts * sizeof *batch->row_start);
     batch->num_recv_per_expert = malloc(num_experts * sizeof *batch->num_recv_per_expert);
     batch->slot_tokens = malloc((size_t)ae->layout.num_slots * sizeof *batch->slot_tokens);
-    batch->sources = malloc(num_attention * sizeof *batch->sources);
-    return batch->row_start && batch->num_recv_per_expert && batch->slot_tokens && batch->sources;
+    return xccl_moe_arrived_new(&batch->arrived, ae->config.num_attention_ranks) && batch->row_start &&
+           batch->num_recv_per_expert && batch->slot_tokens;
 }
 
 static int allocate_tables(xccl_ae_t *ae) {
@@ -65,7 +65,7 @@ static void free_tables(xccl_ae_t *ae) {
         free(ae->batch[parity].row_start);
         free(ae->batch[parity].num_recv_per_expert);
         free(ae->batch[parity].slot_tokens);
-        free(ae->batch[parity].sources);
+        xccl_moe_arrived_free(&ae->batch[parity].arrived);
     }
 }
 

@@ -94,18 +94,10 @@ typedef struct xccl_ae_choice_t {
 } xccl_ae_choice_t;
 _Static_assert(sizeof(xccl_ae_choice_t) == 16, "a choice is read by peers");
 
-/* Words that others may write are loaded once: what is checked is what is used. Relaxed: the acquire of the epoch that
- * published them orders the loads. */
-static inline uint64_t xccl_ae_word(const uint64_t *word) {
-    return __atomic_load_n(word, __ATOMIC_RELAXED);
-}
-
+/* Each of its words is loaded once: what is checked is what is used. */
 static inline xccl_ae_choice_t xccl_ae_read_choice(const xccl_ae_choice_t *choice) {
-    return (xccl_ae_choice_t){
-        .expert = __atomic_load_n(&choice->expert, __ATOMIC_RELAXED),
-        .position = __atomic_load_n(&choice->position, __ATOMIC_RELAXED),
-        .weight = choice->weight,
-    };
+    const volatile xccl_ae_choice_t *read = choice;
+    return (xccl_ae_choice_t){.expert = read->expert, .position = read->position, .weight = read->weight};
 }
 
 /* Where a hub finds the outputs of one expert rank: checked when it is filled. */
@@ -138,7 +130,7 @@ typedef struct xccl_ae_batch_t {
     uint64_t *row_start;          /* [A][num_local_experts]: first received row of a source for an expert */
     int32_t *num_recv_per_expert; /* [num_local_experts] */
     uint64_t *slot_tokens;        /* [slots]: tokens staged in each of the own slots */
-    xccl_moe_source_t *sources;   /* [A] */
+    xccl_moe_arrived_t arrived;   /* the entries of all attention ranks */
 } xccl_ae_batch_t;
 
 typedef struct xccl_ae_link_t xccl_ae_link_t;
@@ -158,6 +150,7 @@ struct xccl_ae_t {
     uint64_t cached_bytes; /* of received rows that are written through the caches */
     uint64_t epoch;        /* of the last micro-batch begun here */
     uint64_t updates;      /* fields and signals written to peers */
+    bool broken;           /* shared memory was damaged */
     xccl_ae_batch_t batch[XCCL_AE_PARITIES];
 
     int attention;            /* index of this rank among the attention ranks, -1 */
@@ -271,8 +264,8 @@ bool xccl_ae_have(xccl_ae_lines_t *lines);
 /* Waits until they do. */
 int xccl_ae_wait(xccl_ae_lines_t *lines, int64_t deadline);
 
-/* Fails for a value of another rank's that cannot be true. */
-int xccl_ae_damaged(const xccl_ae_t *ae, const char *operation, int member, const char *field, uint64_t got,
+/* Fails for a value that `member` wrote and that cannot be true; the domain cannot be used any more. */
+int xccl_ae_damaged(xccl_ae_t *ae, const char *operation, int member, const char *field, uint64_t got, uint64_t least,
                     uint64_t most);
 
 /* Makes sure that the first `bytes` at `offset` of a member's window have pages; *reserved is the high-water mark. */

@@ -42,7 +42,7 @@ static int stage_outputs(xccl_ae_t *ae, xccl_ae_batch_t *batch, const void *y, u
     if (status != XCCL_OK)
         return status;
     write_row_starts(ae, batch, stage);
-    *out = (published_t){offset, row_stride};
+    *out = (published_t){offset, num_rows > 1 ? row_stride : row_bytes};
     if (!batch->in_place) {
         *out = (published_t){stage + ae->layout.outputs_copy, row_bytes};
         xccl_moe_copy_rows(xccl_gas_local(ae->world, out->offset), y, num_rows, row_stride, row_bytes);

@@ -29,51 +29,45 @@ int xccl_ae_recv_begin(xccl_ae_t *ae, uint64_t *out_batch) {
     return xccl_ae_help(ae);
 }
 
+/* The stage of attention rank `index`, in the window of its hub. */
+static const unsigned char *stage_of(const xccl_ae_t *ae, const xccl_ae_batch_t *batch, int index) {
+    int hub = xccl_ae_arrived_by(ae, index);
+    return xccl_gas_at(ae->world, ae->ranks[hub], xccl_ae_stage(ae, batch->epoch, xccl_ae_slot_of(ae, index)));
+}
+
 /* ---- counting ---- */
 
-/* Where attention rank `index` has this rank's rows. */
-static int find_source(const xccl_ae_t *ae, const xccl_ae_batch_t *batch, int index, xccl_moe_source_t *out) {
+/* Fetches what attention rank `index` has for this rank. */
+static int fetch(xccl_ae_t *ae, xccl_ae_batch_t *batch, int index) {
     const xccl_ae_layout_t *layout = &ae->layout;
     const xccl_field_t *field = xccl_ae_own_line(ae, layout->arrived[xccl_ae_parity(batch->epoch)], index);
-    uint64_t offset = xccl_ae_word(&field->offset), count = xccl_ae_word(&field->count);
-    uint64_t num_tokens = xccl_ae_word(&field->time);
+    uint64_t offset = xccl_gas_read(&field->offset), count = xccl_gas_read(&field->count);
+    uint64_t num_tokens = xccl_gas_read(&field->time);
     int member = ae->attention_ranks[index];
     uint64_t most = (uint64_t)ae->config.layer.num_max_tokens;
     if (num_tokens > most)
-        return xccl_ae_damaged(ae, OPERATION, member, "the number of tokens", num_tokens, most);
+        return xccl_ae_damaged(ae, OPERATION, member, "number of tokens", num_tokens, 0, most);
     most = num_tokens * (uint64_t)ae->config.layer.num_topk;
     if (count > most)
-        return xccl_ae_damaged(ae, OPERATION, member, "the number of entries", count, most);
+        return xccl_ae_damaged(ae, OPERATION, member, "number of entries", count, 0, most);
     most = layout->stage_routing - count * sizeof(xccl_moe_entry_t);
-    if (offset > most || offset % sizeof(xccl_moe_entry_t) != 0)
-        return xccl_ae_damaged(ae, OPERATION, member, "the offset of the entries", offset, most);
-    int hub = xccl_ae_arrived_by(ae, index);
-    const unsigned char *stage =
-        xccl_gas_at(ae->world, ae->ranks[hub], xccl_ae_stage(ae, batch->epoch, xccl_ae_slot_of(ae, index)));
-    bool quantized = ae->config.layer.quant == XCCL_QUANT_INT8;
-    *out = (xccl_moe_source_t){
-        .rank = member,
-        .entries = (const xccl_moe_entry_t *)(stage + offset),
-        .num_entries = count,
-        .num_tokens = num_tokens,
-        .rows = stage + layout->stage_rows,
-        .scales = quantized ? (const float *)(stage + layout->stage_scales) : NULL,
-    };
-    return XCCL_OK;
+    if (offset < layout->stage_entries || offset > most || offset % sizeof(xccl_moe_entry_t) != 0)
+        return xccl_ae_damaged(ae, OPERATION, member, "offset of entries", offset, layout->stage_entries, most);
+    xccl_moe_listed_t listed = {
+        .rank = member, .entries = stage_of(ae, batch, index) + offset, .count = count, .num_tokens = num_tokens};
+    int status = xccl_moe_fetch(&ae->puller, &batch->arrived, index, &listed);
+    ae->broken |= status == XCCL_ERR_SYSTEM;
+    return status;
 }
 
 static int count_rows(xccl_ae_t *ae, xccl_ae_batch_t *batch) {
-    uint64_t num_local = ae->puller.num_local;
     int num_sources = ae->config.num_attention_ranks, status = XCCL_OK;
-    memset(batch->row_start, 0, (uint64_t)num_sources * num_local * sizeof *batch->row_start);
-    for (int i = 0; i < num_sources && status == XCCL_OK; i++) {
-        status = find_source(ae, batch, i, &batch->sources[i]);
-        if (status == XCCL_OK)
-            status = xccl_moe_count(&ae->puller, &batch->sources[i], batch->row_start + (uint64_t)i * num_local);
-    }
+    for (int index = 0; index < num_sources && status == XCCL_OK; index++)
+        status = fetch(ae, batch, index);
     if (status != XCCL_OK)
         return status;
-    return xccl_moe_place(&ae->puller, num_sources, batch->row_start, batch->num_recv_per_expert, &batch->num_recv);
+    return xccl_moe_place(&ae->puller, &batch->arrived, num_sources, batch->row_start, batch->num_recv_per_expert,
+                          &batch->num_recv);
 }
 
 static int wait_and_count(xccl_ae_t *ae, xccl_ae_batch_t *batch, int64_t deadline) {
@@ -117,21 +111,24 @@ int xccl_ae_recv_wait(xccl_ae_t *ae, uint64_t epoch, int64_t timeout_ns, int64_t
 /* ---- pulling ---- */
 
 /* Expert ranks begin with different sources. */
-static int pull_all(const xccl_ae_t *ae, const xccl_ae_batch_t *batch, const xccl_moe_rows_t *to) {
-    int num_sources = ae->config.num_attention_ranks, status = XCCL_OK;
-    for (int i = 0; i < num_sources && status == XCCL_OK; i++) {
+static void pull_all(const xccl_ae_t *ae, const xccl_ae_batch_t *batch, const xccl_moe_rows_t *to) {
+    int num_sources = ae->config.num_attention_ranks;
+    bool quantized = ae->config.layer.quant == XCCL_QUANT_INT8;
+    for (int i = 0; i < num_sources; i++) {
         int index = (ae->expert + i) % num_sources;
-        status = xccl_moe_pull(&ae->puller, &batch->sources[index],
-                               batch->row_start + (uint64_t)index * ae->puller.num_local, to);
+        const unsigned char *stage = stage_of(ae, batch, index);
+        xccl_moe_staged_t staged = {.rank = ae->attention_ranks[index],
+                                    .rows = stage + ae->layout.stage_rows,
+                                    .scales = quantized ? (const float *)(stage + ae->layout.stage_scales) : NULL};
+        xccl_moe_pull(&ae->puller, &batch->arrived, index, &staged, batch->row_start, to);
     }
     xccl_kernel_stream_end();
-    return status;
 }
 
-static int note_received(const xccl_ae_t *ae, uint64_t epoch, const xccl_moe_rows_t *to) {
+static int note_received(const xccl_ae_t *ae, uint64_t epoch, const void *recv_x, uint64_t bytes) {
     for (int i = 0; i < ae->config.num_attention_ranks; i++)
         xccl_race_join(ae->comm, XCCL_RACE_A2E, epoch, ae->attention_ranks[i]);
-    return xccl_race_touch(ae->world, to->x, to->num_rows * to->row_bytes, XCCL_RACE_WRITE, XCCL_OP_A2E_RECV);
+    return xccl_race_touch(ae->world, recv_x, bytes, XCCL_RACE_WRITE, XCCL_OP_A2E_RECV);
 }
 
 int xccl_ae_recv_pull(xccl_ae_t *ae, uint64_t epoch, void *recv_x, float *scales, int32_t *src_rank,
@@ -149,13 +146,11 @@ int xccl_ae_recv_pull(xccl_ae_t *ae, uint64_t epoch, void *recv_x, float *scales
                           .scales = scales,
                           .src_rank = src_rank,
                           .src_token = src_token,
-                          .num_rows = (uint64_t)batch->num_recv,
                           .row_bytes = row_bytes,
                           .streamed = (unsigned char *)recv_x + ae->cached_bytes};
-    status = pull_all(ae, batch, &to);
-    if (status == XCCL_OK && !xccl_race_is_off(ae->world))
-        status = note_received(ae, epoch, &to);
-    if (status == XCCL_OK)
-        batch->phase = XCCL_AE_RECEIVED;
-    return status;
+    pull_all(ae, batch, &to);
+    batch->phase = XCCL_AE_RECEIVED;
+    if (xccl_race_is_off(ae->world))
+        return XCCL_OK;
+    return note_received(ae, epoch, recv_x, (uint64_t)batch->num_recv * row_bytes);
 }

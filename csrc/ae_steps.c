@@ -10,6 +10,11 @@ static int check_role(const xccl_ae_t *ae, bool has_role, const char *role, cons
     int status = xccl_comm_check(ae->comm);
     if (status != XCCL_OK)
         return status;
+    if (ae->broken)
+        return xccl_fail(
+            XCCL_ERR_USAGE,
+            "%s on rank %d: an earlier operation of this domain failed halfway: open a new one on all ranks", operation,
+            ae->rank);
     if (!has_role)
         return xccl_fail(XCCL_ERR_USAGE, "%s on rank %d: this is not one of the %s of this domain", operation, ae->rank,
                          role);
@@ -43,11 +48,10 @@ int xccl_ae_find(xccl_ae_t *ae, uint64_t epoch, xccl_ae_phase_t phase, const cha
     return XCCL_OK;
 }
 
-int xccl_ae_damaged(const xccl_ae_t *ae, const char *operation, int member, const char *field, uint64_t got,
+int xccl_ae_damaged(xccl_ae_t *ae, const char *operation, int member, const char *field, uint64_t got, uint64_t least,
                     uint64_t most) {
-    return xccl_fail(XCCL_ERR_USAGE,
-                     "%s on rank %d: damaged shared memory: %s from rank %d is %llu, expected at most %llu", operation,
-                     ae->rank, field, member, (unsigned long long)got, (unsigned long long)most);
+    ae->broken = true;
+    return xccl_fail_damaged(operation, ae->rank, member, field, got, least, most);
 }
 
 /* ---- telling others ---- */

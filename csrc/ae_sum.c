@@ -19,30 +19,30 @@ xccl_ae_lines_t xccl_ae_outputs_lines(const xccl_ae_t *ae, uint64_t epoch) {
                              .what = "e2a: outputs of the experts"};
 }
 
-/* Whether the rows end within the window. */
-static bool fits(uint64_t offset, uint64_t num_rows, uint64_t row_stride, uint64_t row_bytes, uint64_t window_bytes) {
-    uint64_t last = 0, end;
-    if (num_rows > 0 && __builtin_mul_overflow(num_rows - 1, row_stride, &last))
-        return false;
-    return !__builtin_add_overflow(offset, last, &end) && !__builtin_add_overflow(end, row_bytes, &end) &&
-           end <= window_bytes;
+/* Whether what an expert rank says of its y can be followed: where it begins, how many rows, and how far apart. */
+static int check_place(xccl_ae_t *ae, int member, const char *operation, uint64_t offset, uint64_t num_rows,
+                       uint64_t row_stride) {
+    uint64_t row_bytes = ae->layout.row_bytes, itemsize = xccl_kernel_itemsize(ae->config.layer.dtype);
+    uint64_t window = ae->world->stride, most = window - row_bytes;
+    if (offset > most || offset % itemsize != 0)
+        return xccl_ae_damaged(ae, operation, member, "offset of outputs", offset, 0, most);
+    if (row_stride < row_bytes || row_stride > window || row_stride % itemsize != 0)
+        return xccl_ae_damaged(ae, operation, member, "distance of output rows", row_stride, row_bytes, window);
+    most = (window - offset - row_bytes) / row_stride + 1;
+    if (num_rows > most)
+        return xccl_ae_damaged(ae, operation, member, "number of output rows", num_rows, 0, most);
+    return XCCL_OK;
 }
 
-static int find_outputs_of(const xccl_ae_t *ae, uint64_t epoch, int expert, const char *operation,
-                           xccl_ae_outputs_t *out) {
+static int find_outputs_of(xccl_ae_t *ae, uint64_t epoch, int expert, const char *operation, xccl_ae_outputs_t *out) {
     const xccl_ae_layout_t *layout = &ae->layout;
     int parity = xccl_ae_parity(epoch), member = ae->expert_ranks[expert];
     const xccl_field_t *field = xccl_ae_own_line(ae, layout->outputs[parity], expert);
-    uint64_t offset = xccl_ae_word(&field->offset), num_rows = xccl_ae_word(&field->count);
-    uint64_t time = xccl_ae_word(&field->time), row_stride = time >> 1;
-    uint64_t window_bytes = ae->world->stride, most = layout->max_recv_bytes / layout->row_bytes;
-    if (num_rows > most)
-        return xccl_ae_damaged(ae, operation, member, "the number of output rows", num_rows, most);
-    if ((offset | row_stride) % xccl_kernel_itemsize(ae->config.layer.dtype) != 0)
-        return xccl_ae_damaged(ae, operation, member, "the unaligned offset or distance of outputs",
-                               offset | row_stride, window_bytes);
-    if (!fits(offset, num_rows, row_stride, layout->row_bytes, window_bytes))
-        return xccl_ae_damaged(ae, operation, member, "the offset of the outputs", offset, window_bytes);
+    uint64_t offset = xccl_gas_read(&field->offset), num_rows = xccl_gas_read(&field->count);
+    uint64_t time = xccl_gas_read(&field->time), row_stride = time >> 1;
+    int status = check_place(ae, member, operation, offset, num_rows, row_stride);
+    if (status != XCCL_OK)
+        return status;
     const unsigned char *window = xccl_gas_at(ae->world, ae->ranks[member], 0);
     *out = (xccl_ae_outputs_t){
         .y = window + offset,
@@ -62,19 +62,18 @@ int xccl_ae_find_outputs(xccl_ae_t *ae, uint64_t epoch, const char *operation) {
 }
 
 /* The output of one choice's expert, in the memory of its rank. */
-static int find_term(const xccl_ae_t *ae, int attention, const xccl_ae_choice_t *choice, const char *operation,
+static int find_term(xccl_ae_t *ae, int attention, const xccl_ae_choice_t *choice, const char *operation,
                      const void **out) {
     int64_t num_experts = ae->config.layer.num_experts;
     if (choice->expert >= num_experts)
-        return xccl_ae_damaged(ae, operation, ae->attention_ranks[attention], "an expert", (uint64_t)choice->expert,
-                               (uint64_t)num_experts - 1);
+        return xccl_ae_damaged(ae, operation, ae->attention_ranks[attention], "expert of a slot",
+                               (uint64_t)choice->expert, 0, (uint64_t)num_experts - 1);
     int owner = ae->owner[choice->expert];
     const xccl_ae_outputs_t *outputs = &ae->outputs[owner];
     uint64_t start = (uint64_t)attention * ae->layout.max_local_experts + (uint64_t)ae->local_index[choice->expert];
-    uint64_t row = xccl_ae_word(&outputs->row_start[start]);
+    uint64_t row = xccl_gas_read(&outputs->row_start[start]);
     if (row >= outputs->num_rows || choice->position >= outputs->num_rows - row)
-        return xccl_ae_damaged(ae, operation, ae->expert_ranks[owner], "the first output row of an expert", row,
-                               outputs->num_rows);
+        return xccl_ae_damaged(ae, operation, ae->expert_ranks[owner], "row of an output", row, 0, outputs->num_rows);
     *out = outputs->y + (row + choice->position) * outputs->row_stride;
     return XCCL_OK;
 }

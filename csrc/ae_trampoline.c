@@ -22,9 +22,9 @@ static int forward(xccl_ae_t *ae, xccl_ae_batch_t *batch) {
     int parity = xccl_ae_parity(batch->epoch);
     uint64_t most = (uint64_t)ae->config.layer.num_max_tokens;
     for (int slot = 0; slot < xccl_ae_own_slots(ae); slot++) {
-        uint64_t num_tokens = xccl_ae_word(&xccl_ae_own_line(ae, ae->layout.staged[parity], slot)->count);
+        uint64_t num_tokens = xccl_gas_read(&xccl_ae_own_line(ae, ae->layout.staged[parity], slot)->count);
         if (num_tokens > most)
-            return xccl_ae_damaged(ae, "a2e_recv", xccl_ae_staged_by(ae, slot), "the number of tokens", num_tokens,
+            return xccl_ae_damaged(ae, "a2e_recv", xccl_ae_staged_by(ae, slot), "number of tokens", num_tokens, 0,
                                    most);
         batch->slot_tokens[slot] = num_tokens;
     }

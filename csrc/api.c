@@ -1,4 +1,5 @@
 /* api.c - opens and closes a communicator with all its layers. */
+#include "cma.h"
 #include "comm.h"
 #include "layers.h"
 #include "status.h"
@@ -19,6 +20,7 @@ int xccl_comm_open(xccl_world_t *world, xccl_comm_t **out) {
     int status = xccl_comm_create_world(world, &comm);
     if (status != XCCL_OK)
         return status;
+    xccl_cma_probe(world);
     status = xccl_comm_open_layers(
         comm, xccl_deadline_at(world, xccl_deadline(world, world->header->config.init_timeout_ns)));
     if (status != XCCL_OK) {

@@ -1,6 +1,7 @@
 /* coll.c - collectives that move data, and the state of a communicator. */
 #include <stdlib.h>
 
+#include "cma.h"
 #include "coll.h"
 #include "status.h"
 
@@ -62,6 +63,9 @@ int xccl_coll_open(xccl_comm_t *comm, int64_t deadline) {
     }
     coll->inbox = inbox;
     coll->counters = inbox + inbox_bytes;
+    coll->peers_read = true; /* known since the members have agreed on the blocks */
+    for (int pe = 0; pe < comm->size; pe++)
+        coll->peers_read = coll->peers_read && xccl_cma_can_read(comm->world, comm->ranks[pe]);
     return XCCL_OK;
 }
 
@@ -212,7 +216,7 @@ static int receive_from(xccl_coll_t *coll, int root, uint64_t bytes, void *out) 
         coll->peers[pe].out_bytes = coll->peers[pe].in_bytes = coll->peers[pe].in_done = 0;
     coll->peers[root].in = out;
     coll->peers[root].in_bytes = bytes;
-    coll->x_in_place = coll->streams = coll->samples = false;
+    coll->x_in_place = coll->x_by_cma = coll->streams = coll->samples = false;
     xccl_coll_choose_result_stores(coll, bytes);
     TRY(xccl_coll_receive_headers(coll, &root, 1));
     TRY(xccl_coll_deliver(coll));
@@ -259,6 +263,16 @@ static void set_messages_out(xccl_coll_t *coll, const void *x, const uint64_t *s
     }
     xccl_coll_set_source(coll, x, total, longest, false);
     xccl_coll_choose_result_stores(coll, 2 * total);
+}
+
+/* Members agree on row_bytes, so all that was sent is whole rows. */
+static int check_received_rows(xccl_coll_t *coll, uint64_t row_bytes) {
+    for (int pe = 0; pe < coll->size; pe++) {
+        uint64_t bytes = coll->peers[pe].in_bytes, rest = row_bytes == 0 ? bytes : bytes % row_bytes;
+        if (rest != 0)
+            return xccl_comm_fail_damaged(coll->comm, pe, "bytes", bytes, bytes - rest, bytes - rest);
+    }
+    return XCCL_OK;
 }
 
 /* Sends all headers and receives those of all. */
@@ -316,6 +330,7 @@ int xccl_coll_all_to_all_v_begin(xccl_comm_t *comm, const void *x, const uint64_
     coll->peers[comm->rank].in_bytes = send_bytes[comm->rank];
     TRY(xccl_coll_enter(comm, (xccl_race_buffers_t){.x = x, .x_bytes = sum(send_bytes, comm->size)}));
     TRY(xccl_coll_settle(comm, begin_v(coll, x, send_bytes)));
+    TRY(xccl_coll_settle(comm, check_received_rows(coll, row_bytes)));
     for (int pe = 0; pe < comm->size; pe++)
         recv_bytes[pe] = coll->peers[pe].in_bytes;
     coll->unfinished = true;

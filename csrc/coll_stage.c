@@ -41,8 +41,7 @@ void xccl_coll_stage_cut(xccl_coll_t *coll, uint64_t message_bytes) {
     coll->first_lot = coll->next;
 }
 
-/* Bytes after which lots of this size start over; alike on all members. */
-static uint64_t lap(const xccl_coll_t *coll, uint64_t lot_bytes) {
+uint64_t xccl_coll_lap(const xccl_coll_t *coll, uint64_t lot_bytes) {
     const xccl_config_t *config = &coll->world->header->config;
     uint64_t ranks_per_core = (uint64_t)((config->size - 1) / config->cores + 1);
     uint64_t share = coll->ring_bytes / ranks_per_core;
@@ -54,7 +53,7 @@ static uint64_t lap(const xccl_coll_t *coll, uint64_t lot_bytes) {
  * have not taken this one. */
 static uint64_t next_place(const xccl_coll_t *coll) {
     uint64_t place = (coll->ring_end + coll->lot_bytes - 1) / coll->lot_bytes * coll->lot_bytes;
-    return place + coll->lot_bytes > lap(coll, coll->lot_bytes) ? 0 : place;
+    return place + coll->lot_bytes > xccl_coll_lap(coll, coll->lot_bytes) ? 0 : place;
 }
 
 /* A lot in use lies where the next one will, or has its number. */
@@ -124,7 +123,7 @@ int xccl_coll_lot_claim(xccl_coll_t *coll) {
 /* ---- where things lie ---- */
 
 uint64_t xccl_coll_lot_place(const xccl_coll_t *coll, uint64_t first, uint64_t lot_bytes, uint64_t k) {
-    uint64_t bytes = lap(coll, lot_bytes), to_the_end = (bytes - first) / lot_bytes;
+    uint64_t bytes = xccl_coll_lap(coll, lot_bytes), to_the_end = (bytes - first) / lot_bytes;
     return k < to_the_end ? first + k * lot_bytes : (k - to_the_end) % (bytes / lot_bytes) * lot_bytes;
 }
 

@@ -27,20 +27,47 @@ static bool has_come(const xccl_coll_t *coll, int pe) {
     return xccl_gas_load(&xccl_coll_header(coll, pe)->epoch) != peer->seen_epoch[peer->received & 1];
 }
 
-/* Notes if `pe`, from which nothing more than progress is expected, gave the operation up. */
-static bool gave_up(xccl_coll_t *coll, int pe) {
-    if (!has_come(coll, pe) || (xccl_coll_header(coll, pe)->signature & XCCL_COLL_MODE_MASK) != XCCL_COLL_REFUSED)
-        return false;
+/* The header, which has come. */
+static xccl_coll_words_t read_header(const xccl_coll_t *coll, int pe) {
+    const xccl_coll_header_t *header = xccl_coll_header(coll, pe);
+    xccl_coll_words_t words = {
+        .epoch = atomic_load_explicit(&header->epoch, memory_order_relaxed),
+        .signature = xccl_gas_read(&header->signature),
+        .bytes = xccl_gas_read(&header->bytes),
+    };
+    if ((words.signature & (XCCL_COLL_STAGED | XCCL_COLL_IN_PLACE)) == 0)
+        return words;
+    words.offset = xccl_gas_read(&header->offset);
+    words.place = xccl_gas_read(&header->place);
+    words.chunk = xccl_gas_read(&header->chunk);
+    words.lot_bytes = xccl_gas_read(&header->lot_bytes);
+    words.result = xccl_gas_read(&header->result);
+    return words;
+}
+
+static bool note_difference(xccl_coll_t *coll, int pe, const xccl_coll_words_t *header) {
     coll->differs = pe;
+    coll->different = *header;
     return true;
 }
 
-/* Waits; then turns a member that differs into an error on all of them. */
+/* Notes if `pe`, from which nothing more than progress is expected, gave the operation up, or cannot be believed. */
+static bool gave_up(xccl_coll_t *coll, int pe) {
+    for (int channel = 0; channel < XCCL_COLL_CHANNELS; channel++)
+        if (xccl_coll_is_ahead(coll, pe, channel))
+            return true;
+    if (!has_come(coll, pe))
+        return false;
+    const xccl_coll_words_t header = read_header(coll, pe);
+    return (header.signature & XCCL_COLL_MODE_MASK) == XCCL_COLL_REFUSED && note_difference(coll, pe, &header);
+}
+
+/* Waits; then turns a member that differs, or a damaged word, into an error on all of them. */
 static int wait_for(xccl_coll_t *coll, const xccl_wait_t *wait) {
     int status = xccl_wait(coll->world, wait, coll->deadline);
     if (status < 0 || coll->differs < 0)
         return status;
-    status = xccl_coll_fail_mismatch(coll, coll->differs, xccl_coll_header(coll, coll->differs));
+    status = coll->damage.field != NULL ? xccl_coll_fail_damaged(coll) : xccl_coll_fail_mismatch(coll);
     xccl_coll_refuse(coll);
     return status;
 }
@@ -51,7 +78,7 @@ typedef struct headers_t {
     xccl_coll_t *coll;
     const int *members;
     int count;
-    int next; /* all before it have come and agree */
+    int next; /* all before it have come, agree, and are accepted */
 } headers_t;
 
 /* A member that sends in this operation, though no message is expected from it: it has another root. */
@@ -60,10 +87,25 @@ static bool finds_second_root(xccl_coll_t *coll, int root) {
         int pe = coll->order[i];
         if (pe == root || !has_come(coll, pe) || xccl_gas_load(&xccl_coll_header(coll, pe)->epoch) != coll->epoch)
             continue;
-        coll->differs = pe;
-        return true;
+        const xccl_coll_words_t header = read_header(coll, pe);
+        return note_difference(coll, pe, &header);
     }
     return false;
+}
+
+static void accept(xccl_coll_t *coll, int pe, const xccl_coll_words_t *header) {
+    xccl_coll_peer_t *peer = &coll->peers[pe];
+    peer->in_mode = header->signature & XCCL_COLL_MODE_MASK;
+    peer->in_bytes = header->bytes;
+    peer->in_done = 0;
+    peer->in_offset = header->offset;
+    peer->in_place = header->place;
+    peer->in_chunk = header->chunk;
+    peer->in_lot_bytes = header->lot_bytes;
+    peer->in_result = header->result;
+    peer->seen_epoch[peer->received & 1] = coll->epoch;
+    peer->received++;
+    peer->heard = coll->epoch;
 }
 
 static bool headers_ready(void *arg) {
@@ -72,10 +114,12 @@ static bool headers_ready(void *arg) {
         int pe = wait->members[wait->next];
         if (!has_come(wait->coll, pe))
             return wait->count < wait->coll->size - 1 && finds_second_root(wait->coll, pe);
-        if (!xccl_coll_agrees(wait->coll, pe, xccl_coll_header(wait->coll, pe))) {
-            wait->coll->differs = pe;
+        const xccl_coll_words_t header = read_header(wait->coll, pe);
+        if (!xccl_coll_agrees(wait->coll, pe, &header))
+            return note_difference(wait->coll, pe, &header);
+        if (!xccl_coll_is_sound(wait->coll, pe, &header))
             return true;
-        }
+        accept(wait->coll, pe, &header);
     }
     return true;
 }
@@ -94,34 +138,21 @@ static bool headers_awaited(void *arg, int index, xccl_awaited_t *out) {
     return false;
 }
 
-static void accept(xccl_coll_t *coll, int pe) {
-    xccl_coll_peer_t *peer = &coll->peers[pe];
-    const xccl_coll_header_t *header = xccl_coll_header(coll, pe);
-    peer->in_mode = header->signature & XCCL_COLL_MODE_MASK;
-    peer->in_bytes = header->bytes;
-    peer->in_done = 0;
-    peer->in_offset = header->offset;
-    peer->in_place = header->place;
-    peer->in_chunk = header->chunk;
-    peer->in_lot_bytes = header->lot_bytes;
-    peer->in_result = header->result;
-    peer->seen_epoch[peer->received & 1] = coll->epoch;
-    peer->received++;
-    peer->heard = coll->epoch;
-}
-
 int xccl_coll_receive_headers(xccl_coll_t *coll, const int *members, int count) {
     headers_t wait = {coll, members, count, 0};
-    TRY(wait_for(coll, &(xccl_wait_t){headers_ready, headers_awaited, &wait}));
-    for (int i = 0; i < count; i++)
-        accept(coll, members[i]);
-    return XCCL_OK;
+    return wait_for(coll, &(xccl_wait_t){headers_ready, headers_awaited, &wait});
 }
 
 /* ---- units: what the peers have published ---- */
 
+uint64_t xccl_coll_units_published(const xccl_coll_t *coll, int pe, int channel) {
+    return counter(coll, XCCL_COLL_READY, channel, pe);
+}
+
 bool xccl_coll_unit_ready(const xccl_coll_t *coll, int pe, int channel) {
-    return counter(coll, XCCL_COLL_READY, channel, pe) > coll->peers[pe].taken[channel];
+    /* modulo 2^64: none is ready if the count is behind, and none can be if it is too far ahead */
+    uint64_t ready = xccl_coll_units_published(coll, pe, channel) - coll->peers[pe].taken[channel];
+    return ready - 1 < xccl_coll_most_units(coll);
 }
 
 typedef struct units_t {

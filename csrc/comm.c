@@ -226,6 +226,12 @@ int xccl_comm_check_pe(const xccl_comm_t *comm, int pe, const char *operation) {
                      comm->rank, operation, pe, comm->size, comm->size - 1);
 }
 
+int xccl_comm_fail_damaged(const xccl_comm_t *comm, int pe, const char *field, uint64_t got, uint64_t least,
+                           uint64_t most) {
+    int op = atomic_load_explicit(&comm->world->ranks[comm->world->rank].operation, memory_order_relaxed);
+    return xccl_fail_damaged(xccl_op_name(op), comm->rank, pe, field, got, least, most);
+}
+
 int xccl_comm_settle(xccl_comm_t *comm, int status) {
     if (status < 0 && status != XCCL_ERR_USAGE && status != XCCL_ERR_MEMORY)
         comm->broken = true;

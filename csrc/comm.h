@@ -82,6 +82,11 @@ int xccl_comm_check(const xccl_comm_t *comm);
 /* `pe` is a member, else USAGE naming `operation`. */
 int xccl_comm_check_pe(const xccl_comm_t *comm, int pe, const char *operation);
 
+/* SYSTEM: a word in shared memory that member `pe` wrote is not in [least, most], so that somebody else must have
+ * written it. Names this rank, its operation and all of these. */
+int xccl_comm_fail_damaged(const xccl_comm_t *comm, int pe, const char *field, uint64_t got, uint64_t least,
+                           uint64_t most);
+
 /* Marks the communicator unusable when `status` is an error that leaves its members out of step; returns it. */
 int xccl_comm_settle(xccl_comm_t *comm, int status);
 

@@ -25,8 +25,13 @@
  * compiler is kept from swapping them), and the sleeper finds the word.
  *
  * Where membarrier is refused, a ringer fences for itself, and a sleeper that cannot fence its ringers says
- * FENCE_YOURSELF from the start: whoever reads that fences and reads again. */
+ * FENCE_YOURSELF from the start: whoever reads that fences and reads again. If it is refused later (a sandbox that
+ * closes after the start), a ringer may have left out its fence and read `sleeping` before the sleeper says so. Its
+ * store is then on its way to memory, where nothing holds it up, so the sleeper, once, waits out that time before it
+ * looks. */
 enum { ASLEEP = 1, FENCE_YOURSELF = 2 };
+
+enum { STORE_NS = 1000000 }; /* many times what a store takes from a core to memory */
 
 static long futex(_Atomic uint32_t *word, int operation, uint32_t value, const struct timespec *timeout) {
     return syscall(SYS_futex, word, operation, value, timeout, NULL, 0);
@@ -51,9 +56,12 @@ uint32_t xccl_doorbell_arm(xccl_world_t *world) {
     atomic_store_explicit(&entry->sleeping, awake(world) | ASLEEP, memory_order_relaxed);
     if (world->fences_by_membarrier && membarrier(MEMBARRIER_CMD_GLOBAL_EXPEDITED))
         return bell;
+    bool refused_now = world->fences_by_membarrier;
     world->fences_by_membarrier = false;
     atomic_store_explicit(&entry->sleeping, awake(world) | ASLEEP, memory_order_relaxed);
     atomic_thread_fence(memory_order_seq_cst);
+    if (refused_now)
+        nanosleep(&(struct timespec){.tv_nsec = STORE_NS}, NULL);
     return bell;
 }
 

@@ -78,6 +78,17 @@ static inline uint64_t xccl_gas_load(const _Atomic uint64_t *word) {
     return atomic_load_explicit(word, memory_order_acquire);
 }
 
+/* A word that a peer wrote, read exactly once: what is checked is then what is used, even if the word changes. What
+ * makes it visible (an acquire load) comes before. */
+static inline uint64_t xccl_gas_read(const void *word) {
+    return *(const volatile uint64_t *)word;
+}
+
+/* True if [offset, offset+bytes) lies in a window. For what peers say of where their data is. */
+static inline bool xccl_gas_in_window(const xccl_world_t *world, uint64_t offset, uint64_t bytes) {
+    return bytes <= world->stride && offset <= world->stride - bytes;
+}
+
 /* True and *out_offset if [address, address+bytes) lies in one live block of the own window: such a buffer can
  * be read by peers in place. */
 bool xccl_gas_is_symmetric(const xccl_world_t *world, const void *address, uint64_t bytes, uint64_t *out_offset);

@@ -25,14 +25,15 @@ static xccl_heap_table_t *table_of(const xccl_world_t *world, int rank, xccl_are
     return xccl_gas_at(world, rank, (uint64_t)area * page_round(sizeof(xccl_heap_table_t)));
 }
 
-/* Tables are shared memory: a damaged count must not lead out of the table. */
+/* Tables are shared memory: a damaged count must not lead out of the table. Read once by whoever uses it. */
 static uint64_t count_of(const xccl_heap_table_t *table) {
-    return table->count < XCCL_HEAP_MAX_BLOCKS ? table->count : XCCL_HEAP_MAX_BLOCKS;
+    uint64_t count = xccl_gas_read(&table->count);
+    return count < XCCL_HEAP_MAX_BLOCKS ? count : XCCL_HEAP_MAX_BLOCKS;
 }
 
-/* Index of the first block that ends after `offset`. */
-static uint64_t first_after(const xccl_heap_table_t *table, uint64_t offset) {
-    uint64_t low = 0, high = count_of(table);
+/* Index of the first of `count` blocks that ends after `offset`; `count` if there is none. */
+static uint64_t first_after(const xccl_heap_table_t *table, uint64_t count, uint64_t offset) {
+    uint64_t low = 0, high = count;
     while (low < high) {
         uint64_t middle = low + (high - low) / 2;
         if (table->blocks[middle].offset + table->blocks[middle].bytes <= offset)
@@ -55,13 +56,14 @@ const xccl_block_t *xccl_heap_find(const xccl_world_t *world, int rank, uint64_t
     if (area < 0)
         return NULL;
     const xccl_heap_table_t *table = table_of(world, rank, (xccl_area_t)area);
-    uint64_t i = first_after(table, offset);
-    if (i == count_of(table) || table->blocks[i].offset > offset)
+    uint64_t count = count_of(table), i = first_after(table, count, offset);
+    if (i == count || table->blocks[i].offset > offset)
         return NULL;
     /* subtractions only: a sum could overflow for a hostile `bytes`. The block may be damaged: nothing leaves the area.
      */
     uint64_t end = world->header->area_offset[area] + world->header->area_bytes[area];
-    bool inside = bytes <= table->blocks[i].bytes - (offset - table->blocks[i].offset) && bytes <= end - offset;
+    bool inside =
+        offset < end && bytes <= end - offset && bytes <= table->blocks[i].bytes - (offset - table->blocks[i].offset);
     return inside ? &table->blocks[i] : NULL;
 }
 
@@ -74,8 +76,8 @@ static uint64_t find_room(const xccl_comm_t *comm, xccl_area_t area, uint64_t by
         if (bytes > end - candidate)
             return 0;
         const xccl_heap_table_t *table = table_of(comm->world, comm->ranks[pe], area);
-        uint64_t i = first_after(table, candidate);
-        if (i < count_of(table) && table->blocks[i].offset < candidate + bytes) {
+        uint64_t count = count_of(table), i = first_after(table, count, candidate);
+        if (i < count && table->blocks[i].offset < candidate + bytes) {
             /* taken on this member: go behind its block and ask all members anew; a damaged one ends the search */
             uint64_t behind = page_round(table->blocks[i].offset + table->blocks[i].bytes);
             if (behind <= candidate || behind > end)
@@ -100,8 +102,7 @@ static int insert_block(const xccl_comm_t *comm, xccl_area_t area, xccl_block_t 
                                   offsetof(xccl_heap_table_t, blocks) + (count + 1) * sizeof(xccl_block_t));
     if (status != XCCL_OK)
         return status;
-    uint64_t i = first_after(table, block.offset);
-    i = i < count ? i : count;
+    uint64_t i = first_after(table, count, block.offset);
     memmove(&table->blocks[i + 1], &table->blocks[i], (count - i) * sizeof(xccl_block_t));
     table->blocks[i] = block;
     table->count = count + 1;
@@ -110,8 +111,7 @@ static int insert_block(const xccl_comm_t *comm, xccl_area_t area, xccl_block_t 
 
 static void remove_block(const xccl_comm_t *comm, xccl_area_t area, uint64_t offset) {
     xccl_heap_table_t *table = table_of(comm->world, comm->world->rank, area);
-    uint64_t i = first_after(table, offset);
-    uint64_t count = count_of(table);
+    uint64_t count = count_of(table), i = first_after(table, count, offset);
     if (i == count || table->blocks[i].offset != offset)
         return;
     memmove(&table->blocks[i], &table->blocks[i + 1], (count - i - 1) * sizeof(xccl_block_t));
@@ -169,7 +169,7 @@ static void release_pages(xccl_world_t *world, uint64_t offset, uint64_t bytes) 
 uint64_t xccl_heap_used(const xccl_world_t *world, xccl_area_t area) {
     const xccl_heap_table_t *table = table_of(world, world->rank, area);
     uint64_t bytes = 0;
-    for (uint64_t i = 0; i < count_of(table); i++)
+    for (uint64_t i = 0, count = count_of(table); i < count; i++)
         bytes += table->blocks[i].bytes;
     return bytes;
 }
@@ -314,7 +314,8 @@ int xccl_heap_free(xccl_comm_t *comm, xccl_area_t area, uint64_t offset, int64_t
                          world->rank);
     xccl_op_begin(world, XCCL_OP_FREE);
     uint64_t end = world->header->area_offset[area] + world->header->area_bytes[area];
-    uint64_t bytes = block->bytes <= end - offset ? block->bytes : end - offset;
+    uint64_t bytes = xccl_gas_read(&block->bytes);
+    bytes = bytes <= end - offset ? bytes : end - offset;
     proposal_t mine = {.kind = XCCL_OP_FREE, .area = area, .bytes_or_offset = offset};
     /* The agreement is a barrier: when it returns, all members have finished what they did with the block (bug class
      * 11). */

@@ -112,6 +112,8 @@ xccl_moe_handle_t *xccl_moe_handle_new(const xccl_moe_t *moe, int64_t num_tokens
     *handle = (xccl_moe_handle_t){
         .moe = moe,
         .num_tokens = num_tokens,
+        .num_topk = moe->config.num_topk,
+        .on_missing = moe->config.on_missing,
         .row_start = (uint64_t *)(memory + row_start),
         .expert = (int32_t *)(memory + expert),
         .position = (uint32_t *)(memory + position),
@@ -137,6 +139,8 @@ static int allocate_tables(xccl_moe_t *moe) {
     size_t num_experts = (size_t)moe->config.num_experts, size = (size_t)moe->comm->size;
     size_t num_topk = (size_t)moe->config.num_topk;
     moe->owner = malloc(num_experts * sizeof *moe->owner);
+    moe->route = malloc(num_experts * sizeof *moe->route);
+    moe->alive = malloc(size * sizeof *moe->alive);
     moe->local_index = malloc(num_experts * sizeof *moe->local_index);
     moe->num_experts_of = calloc(size, sizeof *moe->num_experts_of);
     moe->dest = malloc(size * sizeof *moe->dest);
@@ -147,9 +151,11 @@ static int allocate_tables(xccl_moe_t *moe) {
     moe->outputs = malloc(size * sizeof *moe->outputs);
     moe->terms = malloc(num_topk * sizeof *moe->terms);
     moe->term_weights = malloc(num_topk * sizeof *moe->term_weights);
-    if (!moe->owner || !moe->local_index || !moe->num_experts_of || !moe->dest || !moe->expert_count ||
-        !moe->quantized || !moe->puller.cursor || !moe->puller.places || !moe->outputs || !moe->terms ||
-        !moe->term_weights)
+    bool arrived = xccl_moe_arrived_new(&moe->arrived[0], moe->comm->size) &&
+                   xccl_moe_arrived_new(&moe->arrived[1], moe->comm->size);
+    if (!arrived || !moe->owner || !moe->route || !moe->alive || !moe->local_index || !moe->num_experts_of ||
+        !moe->dest || !moe->expert_count || !moe->quantized || !moe->puller.cursor || !moe->puller.places ||
+        !moe->outputs || !moe->terms || !moe->term_weights)
         return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for the tables of %zu experts", moe->comm->rank,
                          num_experts);
     return XCCL_OK;
@@ -157,6 +163,8 @@ static int allocate_tables(xccl_moe_t *moe) {
 
 static void free_tables(xccl_moe_t *moe) {
     free(moe->owner);
+    free(moe->route);
+    free(moe->alive);
     free(moe->local_index);
     free(moe->num_experts_of);
     free(moe->dest);
@@ -167,13 +175,17 @@ static void free_tables(xccl_moe_t *moe) {
     free(moe->outputs);
     free((void *)moe->terms);
     free(moe->term_weights);
+    for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++)
+        xccl_moe_arrived_free(&moe->arrived[parity]);
 }
 
-/* Numbers each owner's experts in their order. */
+/* Numbers each owner's experts in their order. All owners are alive. */
 static void index_experts(xccl_moe_t *moe, const int32_t *owner) {
     memcpy(moe->owner, owner, (size_t)moe->config.num_experts * sizeof *owner);
     for (int64_t e = 0; e < moe->config.num_experts; e++)
-        moe->local_index[e] = (int32_t)moe->num_experts_of[owner[e]]++;
+        moe->local_index[e] = owner[e] < 0 ? -1 : (int32_t)moe->num_experts_of[owner[e]]++;
+    memset(moe->alive, true, (size_t)moe->comm->size * sizeof *moe->alive);
+    xccl_moe_route(moe);
 }
 
 static void describe_pulls(xccl_moe_t *moe) {

@@ -78,6 +78,7 @@ typedef struct xccl_moe_dest_t {
 typedef struct xccl_moe_outputs_t {
     const unsigned char *y;
     uint64_t row_stride;
+    uint64_t num_rows;         /* that lie in its window: no more can be read */
     const uint64_t *row_start; /* first of this rank's rows for each of the member's experts */
 } xccl_moe_outputs_t;
 
@@ -97,12 +98,15 @@ struct xccl_moe_handle_t {
     uint64_t combine_epoch;
     int64_t num_tokens;
     int64_t num_recv;
+    int64_t num_topk;
+    int64_t num_missing; /* slots whose expert had no live rank at the dispatch */
+    xccl_on_missing_t on_missing;
     bool weighted;
     bool in_place; /* y is read in the caller's array */
     bool streams;  /* rows were written past the caches */
     int64_t pull_ns;
     uint64_t *row_start; /* [R][num_local_experts]: first received row of a source for an expert */
-    int32_t *expert;     /* [num_tokens][num_topk], -1: none */
+    int32_t *expert;     /* [num_tokens][num_topk], -1: none, below: missing, see xccl_moe_missed */
     uint32_t *position;  /* [num_tokens][num_topk]: index among the own rows for that expert */
     float *weights;      /* [num_tokens][num_topk] */
 };
@@ -123,14 +127,18 @@ struct xccl_moe_t {
     uint64_t combine_reserved[XCCL_MOE_PARITIES];
     bool broken; /* members disagree on epochs */
 
-    int32_t *owner;           /* [num_experts] member that holds it */
+    int32_t *owner;           /* [num_experts] member that holds it, -1: nobody */
+    int32_t *route;           /* [num_experts] where dispatch sends its tokens: the owner if alive, else -1 */
+    bool *alive;              /* [R] what xccl_moe_set_alive agreed on */
     int32_t *local_index;     /* [num_experts] index among its owner's experts */
     uint64_t *num_experts_of; /* [R] */
 
-    xccl_moe_dest_t *dest;  /* [R] scratch of the send half */
-    uint32_t *expert_count; /* [num_experts] scratch of the send half */
-    int8_t *quantized;      /* [hidden] scratch of the send half */
     xccl_moe_puller_t puller;
+    xccl_moe_arrived_t arrived[XCCL_MOE_PARITIES]; /* of the dispatches that are being received */
+
+    xccl_moe_dest_t *dest;       /* [R] scratch of the send half */
+    uint32_t *expert_count;      /* [num_experts] scratch of the send half */
+    int8_t *quantized;           /* [hidden] scratch of the send half */
     xccl_moe_outputs_t *outputs; /* [R] scratch of combine */
     const void **terms;          /* [num_topk] scratch of combine */
     float *term_weights;         /* [num_topk] */
@@ -138,6 +146,11 @@ struct xccl_moe_t {
 
 static inline uint64_t xccl_moe_num_local(const xccl_moe_t *moe) {
     return moe->num_experts_of[moe->comm->rank];
+}
+
+/* How a handle notes an expert that had no live rank; the mapping is its own inverse. */
+static inline int32_t xccl_moe_missed(int32_t expert) {
+    return -2 - expert;
 }
 
 /* Where a member's peer writes its line of an array of the metadata block. */
@@ -176,6 +189,15 @@ void xccl_moe_learn(xccl_moe_t *moe, const xccl_moe_handle_t *handle, int64_t ns
 
 /* Memory for a handle with nothing in it, NULL and a message if there is none. */
 xccl_moe_handle_t *xccl_moe_handle_new(const xccl_moe_t *moe, int64_t num_tokens);
+
+/* Fills the table `route` from owners and mask. */
+void xccl_moe_route(xccl_moe_t *moe);
+
+/* Scales the weights of a token's terms for RENORMALIZE. False if they stay as they are. */
+bool xccl_moe_renormalize(const xccl_moe_handle_t *handle, int64_t token, float *term_weights, size_t num_terms);
+
+/* MISSING with a message if slots of the handle miss their expert and its policy is RAISE. */
+int xccl_moe_judge(const xccl_moe_t *moe, const xccl_moe_handle_t *handle);
 
 /* Copies topk_weights [num_tokens, num_topk] to the handle; NULL: none. */
 void xccl_moe_keep_weights(const xccl_moe_t *moe, xccl_moe_handle_t *handle, const float *topk_weights);

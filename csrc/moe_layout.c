@@ -5,7 +5,8 @@
 uint64_t xccl_moe_most_experts(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner) {
     uint64_t count[XCCL_MAX_RANKS] = {0}, most = 0;
     for (int64_t e = 0; e < config->num_experts; e++)
-        count[owner[e]]++;
+        if (owner[e] >= 0)
+            count[owner[e]]++;
     for (int rank = 0; rank < num_ranks; rank++)
         most = count[rank] > most ? count[rank] : most;
     return most;
@@ -24,6 +25,7 @@ int xccl_moe_check_config(const char *who, const xccl_moe_config_t *config, int 
         {"dtype", (int64_t)config->dtype, XCCL_FLOAT32, XCCL_BFLOAT16},
         {"quant", (int64_t)config->quant, XCCL_QUANT_NONE, XCCL_QUANT_INT8},
         {"simd", (int64_t)config->simd, XCCL_SIMD_AUTO, XCCL_SIMD_AVX512},
+        {"on_missing", (int64_t)config->on_missing, XCCL_MISSING_RAISE, XCCL_MISSING_ZERO},
     };
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
         if (numbers[i].value < numbers[i].min || numbers[i].value > numbers[i].max)
@@ -33,9 +35,9 @@ int xccl_moe_check_config(const char *who, const xccl_moe_config_t *config, int 
         return xccl_fail(XCCL_ERR_USAGE, "%s: num_max_tokens_per_rank * num_topk is %lld, expected at most %d", who,
                          (long long)(config->num_max_tokens * config->num_topk), INT32_MAX);
     for (int64_t e = 0; e < config->num_experts; e++)
-        if (owner[e] < 0 || owner[e] >= num_ranks)
-            return xccl_fail(XCCL_ERR_USAGE, "%s: expert_map[%lld] is %d, expected a rank from 0 to %d", who,
-                             (long long)e, owner[e], num_ranks - 1);
+        if (owner[e] < -1 || owner[e] >= num_ranks)
+            return xccl_fail(XCCL_ERR_USAGE, "%s: expert_map[%lld] is %d, expected a rank from 0 to %d, or -1 for none",
+                             who, (long long)e, owner[e], num_ranks - 1);
     return XCCL_OK;
 }
 

@@ -1,39 +1,80 @@
 #include "moe_pull.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "shm.h"
 #include "status.h"
 
-/* One load: what is checked is what is used, whatever the source does meanwhile. */
-static xccl_moe_entry_t read_entry(const xccl_moe_entry_t *entry) {
-    /* relaxed: the acquire of the field that published the entries orders it */
-    uint64_t word = __atomic_load_n((const uint64_t *)(const void *)entry, __ATOMIC_RELAXED);
-    xccl_moe_entry_t value;
-    memcpy(&value, &word, sizeof value);
-    return value;
+/* ---- entries ---- */
+
+bool xccl_moe_arrived_new(xccl_moe_arrived_t *arrived, int num_sources) {
+    arrived->first = calloc((size_t)num_sources + 1, sizeof *arrived->first);
+    return arrived->first != NULL;
 }
 
-static int bad_entry(const xccl_moe_puller_t *puller, const xccl_moe_source_t *source, const char *field, uint64_t got,
-                     uint64_t end) {
-    return xccl_fail(XCCL_ERR_USAGE,
-                     "%s on rank %d: damaged shared memory: %s in an entry of rank %d is %llu, expected less than %llu",
-                     puller->operation, puller->rank, field, source->rank, (unsigned long long)got,
-                     (unsigned long long)end);
+void xccl_moe_arrived_free(xccl_moe_arrived_t *arrived) {
+    free(arrived->first);
+    free(arrived->entries);
 }
 
-int xccl_moe_count(const xccl_moe_puller_t *puller, const xccl_moe_source_t *source, uint64_t *counts) {
-    for (uint64_t i = 0; i < source->num_entries; i++) {
-        uint32_t local = read_entry(&source->entries[i]).local_expert;
-        if (local >= puller->num_local)
-            return bad_entry(puller, source, "the expert", local, puller->num_local);
-        counts[local]++;
+static int make_room(const xccl_moe_puller_t *puller, xccl_moe_arrived_t *arrived, uint64_t count) {
+    if (count <= arrived->room)
+        return XCCL_OK;
+    uint64_t room = count < 2 * arrived->room ? 2 * arrived->room : count;
+    xccl_moe_entry_t *entries = realloc(arrived->entries, room * sizeof *entries);
+    if (!entries)
+        return xccl_fail(XCCL_ERR_MEMORY, "%s on rank %d: no memory to receive %llu rows", puller->operation,
+                         puller->rank, (unsigned long long)count);
+    arrived->entries = entries;
+    arrived->room = room;
+    return XCCL_OK;
+}
+
+/* This bounds all that is indexed by entries. */
+static int check_entries(const xccl_moe_puller_t *puller, const xccl_moe_listed_t *listed,
+                         const xccl_moe_entry_t *entries) {
+    const char *operation = puller->operation;
+    uint64_t of_token = 0;
+    for (uint64_t i = 0; i < listed->count; i++) {
+        if (entries[i].local_expert >= puller->num_local)
+            return xccl_fail_damaged(operation, puller->rank, listed->rank, "expert of an entry",
+                                     entries[i].local_expert, 0, puller->num_local - 1);
+        if (entries[i].token >= listed->num_tokens)
+            return xccl_fail_damaged(operation, puller->rank, listed->rank, "token of an entry", entries[i].token, 0,
+                                     listed->num_tokens - 1);
+        of_token = i > 0 && entries[i].token == entries[i - 1].token ? of_token + 1 : 1;
+        if (of_token > puller->num_topk)
+            return xccl_fail_damaged(operation, puller->rank, listed->rank, "number of entries of a token", of_token, 1,
+                                     puller->num_topk);
     }
     return XCCL_OK;
 }
 
-int xccl_moe_place(const xccl_moe_puller_t *puller, int num_sources, uint64_t *row_start,
-                   int32_t *out_num_recv_per_expert, int64_t *out_num_recv) {
+int xccl_moe_fetch(const xccl_moe_puller_t *puller, xccl_moe_arrived_t *arrived, int index,
+                   const xccl_moe_listed_t *listed) {
+    uint64_t first = arrived->first[index];
+    int status = make_room(puller, arrived, first + listed->count);
+    if (status != XCCL_OK)
+        return status;
+    arrived->first[index + 1] = first + listed->count;
+    if (listed->count > 0)
+        memcpy(arrived->entries + first, listed->entries, listed->count * sizeof *arrived->entries);
+    return check_entries(puller, listed, arrived->entries + first);
+}
+
+/* row_start[source][expert]: rows of that source for that expert. */
+static void count_entries(const xccl_moe_puller_t *puller, const xccl_moe_arrived_t *arrived, int num_sources,
+                          uint64_t *row_start) {
+    memset(row_start, 0, (uint64_t)num_sources * puller->num_local * sizeof *row_start);
+    for (int source = 0; source < num_sources; source++)
+        for (uint64_t i = arrived->first[source]; i < arrived->first[source + 1]; i++)
+            row_start[(uint64_t)source * puller->num_local + arrived->entries[i].local_expert]++;
+}
+
+int xccl_moe_place(const xccl_moe_puller_t *puller, const xccl_moe_arrived_t *arrived, int num_sources,
+                   uint64_t *row_start, int32_t *out_num_recv_per_expert, int64_t *out_num_recv) {
+    count_entries(puller, arrived, num_sources, row_start);
     uint64_t row = 0;
     for (uint64_t local = 0; local < puller->num_local; local++) {
         uint64_t begin = row;
@@ -53,6 +94,8 @@ int xccl_moe_place(const xccl_moe_puller_t *puller, int num_sources, uint64_t *r
     *out_num_recv = (int64_t)row;
     return XCCL_OK;
 }
+
+/* ---- rows ---- */
 
 /* The same bytes to several places. */
 static void spread(const xccl_moe_puller_t *puller, uint64_t num_places, uint64_t offset, const unsigned char *from,
@@ -82,48 +125,33 @@ static void spread_dequantized(const xccl_moe_puller_t *puller, uint64_t num_pla
     }
 }
 
-/* Finds the places of one token, whose entries follow each other from `first` on; *out_used: how many these are. */
-static int place_token(const xccl_moe_puller_t *puller, const xccl_moe_source_t *source, uint64_t first,
-                       xccl_moe_entry_t entry, float scale, const xccl_moe_rows_t *to, uint64_t *out_used) {
-    uint32_t token = entry.token;
-    uint64_t used = 0;
-    do {
-        if (entry.local_expert >= puller->num_local)
-            return bad_entry(puller, source, "the expert", entry.local_expert, puller->num_local);
-        uint64_t row = puller->cursor[entry.local_expert]++;
-        if (row >= to->num_rows)
-            return bad_entry(puller, source, "the row", row, to->num_rows);
-        to->src_rank[row] = source->rank;
+/* One token and its entries, which follow each other. Returns how many these are. */
+static uint64_t pull_token(const xccl_moe_puller_t *puller, const xccl_moe_entry_t *entries, uint64_t count,
+                           const xccl_moe_staged_t *staged, const xccl_moe_rows_t *to) {
+    uint32_t token = entries->token;
+    const unsigned char *from = staged->rows + token * puller->staged_bytes;
+    float scale = staged->scales ? staged->scales[token] : 1;
+    uint64_t n = 0;
+    for (; n < count && entries[n].token == token; n++) {
+        uint64_t row = puller->cursor[entries[n].local_expert]++;
+        to->src_rank[row] = staged->rank;
         to->src_token[row] = (int32_t)token;
-        puller->places[used++] = to->x + row * to->row_bytes;
+        puller->places[n] = to->x + row * to->row_bytes;
         if (to->scales)
             to->scales[row] = scale;
-        if (used == puller->num_topk || first + used == source->num_entries)
-            break;
-        entry = read_entry(&source->entries[first + used]);
-    } while (entry.token == token);
-    *out_used = used;
-    return XCCL_OK;
+    }
+    if (staged->scales && !to->scales)
+        spread_dequantized(puller, n, (const int8_t *)from, scale, to->streamed);
+    else
+        spread(puller, n, 0, from, to->row_bytes, to->streamed);
+    return n;
 }
 
-int xccl_moe_pull(const xccl_moe_puller_t *puller, const xccl_moe_source_t *source, const uint64_t *row_start,
-                  const xccl_moe_rows_t *to) {
-    memcpy(puller->cursor, row_start, puller->num_local * sizeof *puller->cursor);
-    for (uint64_t i = 0; i < source->num_entries;) {
-        xccl_moe_entry_t entry = read_entry(&source->entries[i]);
-        if (entry.token >= source->num_tokens)
-            return bad_entry(puller, source, "the token", entry.token, source->num_tokens);
-        const unsigned char *staged = source->rows + entry.token * puller->staged_bytes;
-        float scale = source->scales ? source->scales[entry.token] : 1;
-        uint64_t used = 0;
-        int status = place_token(puller, source, i, entry, scale, to, &used);
-        if (status != XCCL_OK)
-            return status;
-        if (source->scales && !to->scales)
-            spread_dequantized(puller, used, (const int8_t *)staged, scale, to->streamed);
-        else
-            spread(puller, used, 0, staged, to->row_bytes, to->streamed);
-        i += used;
-    }
-    return XCCL_OK;
+void xccl_moe_pull(const xccl_moe_puller_t *puller, const xccl_moe_arrived_t *arrived, int index,
+                   const xccl_moe_staged_t *staged, const uint64_t *row_start, const xccl_moe_rows_t *to) {
+    uint64_t num_local = puller->num_local, count = arrived->first[index + 1] - arrived->first[index];
+    memcpy(puller->cursor, row_start + (uint64_t)index * num_local, num_local * sizeof *puller->cursor);
+    const xccl_moe_entry_t *entries = arrived->entries + arrived->first[index];
+    for (uint64_t i = 0; i < count;)
+        i += pull_token(puller, entries + i, count - i, staged, to);
 }

@@ -1,13 +1,16 @@
 /* moe_pull.h - rows from where their sources staged them to where the experts want them (moe layer; internal).
  *
  * A source lists its rows for this rank as entries, in the order of (token, slot), and has staged each token once. The
- * puller counts the entries of all sources, so that it knows where each one's rows for an expert begin, then copies
- * each token, dequantised once, to all its places: rows lie in the order (local expert, source, token, slot).
+ * puller fetches the entries of all sources, counts them, so that it knows where each one's rows for an expert begin,
+ * then copies each token, dequantised once, to all its places: rows lie in the order (local expert, source, token,
+ * slot).
  *
- * Entries lie in memory that others write: each is read once in each pass, and what it says is checked.
+ * Entries lie in memory that others write: they are copied once and checked before anything depends on them.
  */
 #ifndef XCCL_MOE_PULL_H
 #define XCCL_MOE_PULL_H
+
+#include <stdbool.h>
 
 #include "kernel.h"
 
@@ -19,15 +22,12 @@ typedef struct xccl_moe_entry_t {
 } xccl_moe_entry_t;
 _Static_assert(sizeof(xccl_moe_entry_t) == 8, "an entry is read by peers");
 
-/* What one source has for the puller. */
-typedef struct xccl_moe_source_t {
-    int rank;
-    const xccl_moe_entry_t *entries;
-    uint64_t num_entries;
-    uint64_t num_tokens; /* that it has staged */
-    const unsigned char *rows;
-    const float *scales; /* of int8 rows, else NULL */
-} xccl_moe_source_t;
+/* The entries of all sources, copied and checked. */
+typedef struct xccl_moe_arrived_t {
+    uint64_t *first; /* [sources + 1] where those of each source begin; first[0] is 0 */
+    xccl_moe_entry_t *entries;
+    uint64_t room; /* entries that there is memory for */
+} xccl_moe_arrived_t;
 
 /* What is the same for all sources and pulls of a group. */
 typedef struct xccl_moe_puller_t {
@@ -43,28 +43,47 @@ typedef struct xccl_moe_puller_t {
     unsigned char **places; /* [num_topk] scratch: where one token goes */
 } xccl_moe_puller_t;
 
+/* Entries as a source has published them. */
+typedef struct xccl_moe_listed_t {
+    int rank;            /* for messages */
+    const void *entries; /* in its memory */
+    uint64_t count;
+    uint64_t num_tokens; /* tokens are less than this */
+} xccl_moe_listed_t;
+
+/* Rows that a source has staged. */
+typedef struct xccl_moe_staged_t {
+    int rank; /* goes to src_rank */
+    const unsigned char *rows;
+    const float *scales; /* of int8 rows, else NULL */
+} xccl_moe_staged_t;
+
 /* Where a pull writes. */
 typedef struct xccl_moe_rows_t {
     unsigned char *x;
     float *scales; /* NULL: rows are of the group's dtype, else int8 as they come */
     int32_t *src_rank;
     int32_t *src_token;
-    uint64_t num_rows;
     uint64_t row_bytes;
     const unsigned char *streamed; /* rows from here on go past the caches */
 } xccl_moe_rows_t;
 
-/* counts[local expert] += rows of this source. USAGE for an entry that names no expert of this rank. */
-int xccl_moe_count(const xccl_moe_puller_t *puller, const xccl_moe_source_t *source, uint64_t *counts);
+/* Memory for the entries of so many sources; false if there is none. */
+bool xccl_moe_arrived_new(xccl_moe_arrived_t *arrived, int num_sources);
+void xccl_moe_arrived_free(xccl_moe_arrived_t *arrived);
 
-/* Turns the counts [num_sources][num_local] into where each source's rows for an expert begin. USAGE if one expert gets
- * more than an int32 counts. */
-int xccl_moe_place(const xccl_moe_puller_t *puller, int num_sources, uint64_t *row_start,
-                   int32_t *out_num_recv_per_expert, int64_t *out_num_recv);
+/* Copies the entries of source `index` behind those of the sources before it, and checks them. SYSTEM if they are not
+ * such as it can have written. */
+int xccl_moe_fetch(const xccl_moe_puller_t *puller, xccl_moe_arrived_t *arrived, int index,
+                   const xccl_moe_listed_t *listed);
 
-/* Copies the rows of a source, whose rows for each expert begin at row_start [num_local]. Whoever pulled from all
- * calls xccl_kernel_stream_end. USAGE if the entries are not those that were counted. */
-int xccl_moe_pull(const xccl_moe_puller_t *puller, const xccl_moe_source_t *source, const uint64_t *row_start,
-                  const xccl_moe_rows_t *to);
+/* Sets row_start [num_sources][num_local]: where each source's rows for an expert begin. USAGE if one expert gets more
+ * than an int32 counts. */
+int xccl_moe_place(const xccl_moe_puller_t *puller, const xccl_moe_arrived_t *arrived, int num_sources,
+                   uint64_t *row_start, int32_t *out_num_recv_per_expert, int64_t *out_num_recv);
+
+/* Copies the rows of source `index`. Whoever pulled from all calls xccl_kernel_stream_end. */
+void xccl_moe_pull(const xccl_moe_puller_t *puller, const xccl_moe_arrived_t *arrived, int index,
+                   const xccl_moe_staged_t *staged, const uint64_t *row_start, const xccl_moe_rows_t *to);
 
 #endif

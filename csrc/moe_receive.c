@@ -1,7 +1,5 @@
 #include "moe.h"
 
-#include <string.h>
-
 #include "status.h"
 #include "wait.h"
 
@@ -11,35 +9,43 @@ static const xccl_field_t *field_of(const xccl_moe_t *moe, const xccl_moe_handle
     return xccl_moe_own_line(moe, moe->layout.dispatch_field[xccl_moe_parity(handle->dispatch_epoch)], source);
 }
 
-/* What `source` has for this member. */
-static xccl_moe_source_t source_of(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, int source) {
-    const xccl_field_t *field = field_of(moe, handle, source);
-    const unsigned char *window = xccl_gas_at(moe->comm->world, moe->comm->ranks[source], 0);
-    const unsigned char *stage =
-        window + moe->blocks.staging + moe->layout.dispatch_stage[xccl_moe_parity(handle->dispatch_epoch)];
-    bool quantized = moe->config.quant == XCCL_QUANT_INT8;
-    return (xccl_moe_source_t){
-        .rank = source,
-        .entries = (const xccl_moe_entry_t *)(window + field->offset),
-        .num_entries = field->count,
-        .num_tokens = (uint64_t)moe->config.num_max_tokens,
-        .rows = stage + moe->layout.dispatch_rows,
-        .scales = quantized ? (const float *)(stage + moe->layout.dispatch_scales) : NULL,
-    };
+/* Offset of every source's stage in its window. */
+static uint64_t stage_of(const xccl_moe_t *moe, const xccl_moe_handle_t *handle) {
+    return moe->blocks.staging + moe->layout.dispatch_stage[xccl_moe_parity(handle->dispatch_epoch)];
 }
 
-/* Counts the rows of all sources: where each one's rows for an expert begin. */
-static int count_rows(const xccl_moe_t *moe, xccl_moe_handle_t *handle, int32_t *out_num_recv_per_expert) {
-    uint64_t num_local = moe->puller.num_local;
+static xccl_moe_arrived_t *arrived_with(xccl_moe_t *moe, const xccl_moe_handle_t *handle) {
+    return &moe->arrived[xccl_moe_parity(handle->dispatch_epoch)];
+}
+
+/* ---- what has arrived: fields and entries are read once, and checked ---- */
+
+/* Fetches what `source` has for this member. */
+static int fetch(xccl_moe_t *moe, const xccl_moe_handle_t *handle, int source) {
+    const xccl_field_t *field = field_of(moe, handle, source);
+    uint64_t offset = xccl_gas_read(&field->offset), count = xccl_gas_read(&field->count);
+    uint64_t most = (uint64_t)(moe->config.num_max_tokens * moe->config.num_topk);
+    if (count > most)
+        return xccl_comm_fail_damaged(moe->comm, source, "count of entries", count, 0, most);
+    uint64_t stage = stage_of(moe, handle), room = moe->layout.dispatch_scales - count * sizeof(xccl_moe_entry_t);
+    if (offset - stage > room || offset % sizeof(xccl_moe_entry_t) != 0)
+        return xccl_comm_fail_damaged(moe->comm, source, "offset of entries", offset, stage, stage + room);
+    xccl_moe_listed_t listed = {.rank = source,
+                                .entries = xccl_gas_at(moe->comm->world, moe->comm->ranks[source], offset),
+                                .count = count,
+                                .num_tokens = (uint64_t)moe->config.num_max_tokens};
+    return xccl_moe_fetch(&moe->puller, arrived_with(moe, handle), source, &listed);
+}
+
+static int count_rows(xccl_moe_t *moe, xccl_moe_handle_t *handle, int32_t *out_num_recv_per_expert) {
     int status = XCCL_OK;
-    memset(handle->row_start, 0, (uint64_t)moe->comm->size * num_local * sizeof *handle->row_start);
-    for (int rank = 0; rank < moe->comm->size && status == XCCL_OK; rank++) {
-        xccl_moe_source_t source = source_of(moe, handle, rank);
-        status = xccl_moe_count(&moe->puller, &source, handle->row_start + (uint64_t)rank * num_local);
-    }
+    for (int source = 0; source < moe->comm->size && status == XCCL_OK; source++)
+        status = fetch(moe, handle, source);
+    moe->broken |= status == XCCL_ERR_SYSTEM;
     if (status != XCCL_OK)
         return status;
-    return xccl_moe_place(&moe->puller, moe->comm->size, handle->row_start, out_num_recv_per_expert, &handle->num_recv);
+    return xccl_moe_place(&moe->puller, arrived_with(moe, handle), moe->comm->size, handle->row_start,
+                          out_num_recv_per_expert, &handle->num_recv);
 }
 
 int xccl_moe_dispatch_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, int64_t timeout_ns, int64_t *out_num_recv,
@@ -64,15 +70,17 @@ int xccl_moe_dispatch_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, int64_t t
 }
 
 /* The own rows first: they are in this core's cache. */
-static int pull_all(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, const xccl_moe_rows_t *to) {
-    int size = moe->comm->size, status = XCCL_OK;
-    for (int i = 0; i < size && status == XCCL_OK; i++) {
-        int rank = (moe->comm->rank + i) % size;
-        xccl_moe_source_t source = source_of(moe, handle, rank);
-        status = xccl_moe_pull(&moe->puller, &source, handle->row_start + (uint64_t)rank * moe->puller.num_local, to);
+static void pull_all(xccl_moe_t *moe, const xccl_moe_handle_t *handle, const xccl_moe_rows_t *to) {
+    for (int i = 0; i < moe->comm->size; i++) {
+        int source = (moe->comm->rank + i) % moe->comm->size;
+        const unsigned char *stage = xccl_gas_at(moe->comm->world, moe->comm->ranks[source], stage_of(moe, handle));
+        bool quantized = moe->config.quant == XCCL_QUANT_INT8;
+        xccl_moe_staged_t staged = {.rank = source,
+                                    .rows = stage + moe->layout.dispatch_rows,
+                                    .scales = quantized ? (const float *)(stage + moe->layout.dispatch_scales) : NULL};
+        xccl_moe_pull(&moe->puller, arrived_with(moe, handle), source, &staged, handle->row_start, to);
     }
     xccl_kernel_stream_end();
-    return status;
 }
 
 int xccl_moe_dispatch_pull(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *recv_x, float *scales, int32_t *src_rank,
@@ -91,12 +99,9 @@ int xccl_moe_dispatch_pull(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *rec
                           .scales = scales,
                           .src_rank = src_rank,
                           .src_token = src_token,
-                          .num_rows = (uint64_t)handle->num_recv,
                           .row_bytes = row_bytes,
                           .streamed = (unsigned char *)recv_x + cached};
-    status = pull_all(moe, handle, &to);
-    if (status != XCCL_OK)
-        return status;
+    pull_all(moe, handle, &to);
     handle->pull_ns = xccl_now_ns() - started;
     int parity = xccl_moe_parity(handle->dispatch_epoch);
     xccl_moe_signal_all(moe, moe->layout.dispatch_done[parity], handle->dispatch_epoch);

@@ -110,11 +110,13 @@ static int advance(xccl_request_t *request) {
     xccl_p2p_t *p2p = request->p2p;
     if (!request->is_send)
         return xccl_p2p_pull_from(p2p, request->peer);
-    if (request->list == &p2p->awaiting)
-        xccl_p2p_check_acks(p2p);
-    else
+    if (request->list != &p2p->awaiting) {
         xccl_p2p_push(p2p, request->peer);
-    return XCCL_OK;
+        return XCCL_OK;
+    }
+    int status = request->ack != 0 && xccl_p2p_is_offer(request->way) ? xccl_p2p_help(request) : XCCL_OK;
+    xccl_p2p_check_acks(p2p);
+    return status;
 }
 
 /* ---- waiting ---- */

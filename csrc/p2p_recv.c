@@ -5,52 +5,14 @@
 #include "copy.h"
 #include "status.h"
 
-static int corrupt(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const char *what) {
-    return xccl_fail(XCCL_ERR_SYSTEM, "rank %d: corrupt metadata from rank %d at position %llu: %s", p2p->comm->rank,
-                     in->source, (unsigned long long)in->ring.tail, what);
-}
-
-/* ---- acknowledging ---- */
-
-/* Step 8, if the sender wants it. */
-static void acknowledge(xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number) {
-    if (ack != 0)
-        xccl_gas_signal_at(p2p->world, p2p->comm->ranks[source], xccl_p2p_ack_offset(p2p, ack),
-                           xccl_p2p_ack_word(number, XCCL_P2P_RECEIVED));
+static int damaged(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const char *field, uint64_t got,
+                   uint64_t least, uint64_t most) {
+    return xccl_comm_fail_damaged(p2p->comm, in->source, field, got, least, most);
 }
 
 static void complete_receive(xccl_request_t *receive, int source, int64_t tag, uint64_t bytes) {
     receive->message = (xccl_message_t){source, tag, bytes};
     xccl_p2p_complete(receive, XCCL_OK);
-}
-
-/* ---- offers (zero-copy) ---- */
-
-bool xccl_p2p_offer_lives(const xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number) {
-    const _Atomic uint64_t *word = xccl_gas_at(p2p->world, p2p->comm->ranks[source], xccl_p2p_ack_offset(p2p, ack));
-    return xccl_gas_load(word) == xccl_p2p_ack_word(number, XCCL_P2P_OFFERED);
-}
-
-/* Copies once, straight from the sender's window. False: the sender has withdrawn the offer. */
-static bool take_offer(xccl_p2p_t *p2p, int source, uint64_t offset, uint64_t ack, uint64_t number,
-                       xccl_request_t *receive) {
-    int rank = p2p->comm->ranks[source];
-    uint64_t offered = xccl_p2p_ack_word(number, XCCL_P2P_OFFERED);
-    /* From TAKEN on the sender leaves the buffer alone until it is acknowledged (bug classes 7, 11). The swap also
-     * orders the copy after the sender's stores to the buffer. */
-    if (xccl_gas_compare_swap_at(p2p->world, rank, xccl_p2p_ack_offset(p2p, ack), offered,
-                                 xccl_p2p_ack_word(number, XCCL_P2P_TAKEN)) != offered)
-        return false;
-    xccl_copy_part(receive->buffer, xccl_gas_at(p2p->world, rank, offset), receive->bytes, receive->bytes,
-                   p2p->world->streaming_bytes);
-    acknowledge(p2p, source, ack, number);
-    return true;
-}
-
-static bool offer_is_sound(const xccl_p2p_t *p2p, const xccl_p2p_field_t *field) {
-    uint64_t stride = p2p->world->stride, bytes = xccl_p2p_bytes_of(field);
-    return bytes <= stride && field->body.at.offset <= stride - bytes && field->body.at.ack > 0 &&
-           field->body.at.ack <= XCCL_P2P_MAX_ACKS;
 }
 
 /* ---- messages in chunks ---- */
@@ -69,6 +31,7 @@ static void begin_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_
     in->received = 0;
     in->ack = field->body.at.ack;
     in->number = field->body.at.number;
+    in->began = xccl_ticks();
     p2p->num_assembling++;
 }
 
@@ -92,11 +55,24 @@ static void take_chunk(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_
         return;
     xccl_request_t *receive = in->request;
     int64_t tag = in->tag;
+    xccl_p2p_note_cost(p2p, in, in->bytes, xccl_ticks() - in->began, false);
     end_assembly(p2p, in);
     if (!receive)
         return; /* kept: acknowledged when it is received */
-    acknowledge(p2p, in->source, in->ack, in->number);
+    xccl_p2p_acknowledge(p2p, in->source, in->ack, in->number);
     complete_receive(receive, in->source, tag, in->bytes);
+}
+
+/* `missing` bytes of the message are to come. */
+static int check_chunk(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field,
+                       uint64_t missing) {
+    if (chunk_is_sound(in, field, missing))
+        return XCCL_OK;
+    uint64_t data_bytes = in->ring.shape.data_bytes, length = field->body.at.length;
+    uint64_t most = missing < data_bytes ? missing : data_bytes;
+    if (length > most || (length == 0 && missing > 0))
+        return damaged(p2p, in, "length of a chunk", length, missing > 0, most);
+    return damaged(p2p, in, "offset of a chunk", field->body.at.offset, 0, data_bytes - length);
 }
 
 /* The sender gave up halfway: the receive waits again, as if nothing had come. */
@@ -115,46 +91,61 @@ static void take_cancel(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in) {
 
 static int continue_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
     xccl_p2p_kind_t kind = xccl_p2p_kind_of(field);
-    if (kind == XCCL_P2P_CANCEL)
+    if (kind == XCCL_P2P_CANCEL) {
         take_cancel(p2p, in);
-    else if (kind == XCCL_P2P_CHUNK && xccl_p2p_bytes_of(field) == in->bytes &&
-             chunk_is_sound(in, field, in->bytes - in->received))
+        return XCCL_OK;
+    }
+    if (kind != XCCL_P2P_CHUNK)
+        return damaged(p2p, in, "kind of a further chunk", (uint64_t)kind, XCCL_P2P_CHUNK, XCCL_P2P_CHUNK);
+    if (xccl_p2p_bytes_of(field) != in->bytes)
+        return damaged(p2p, in, "bytes of the message, in a further chunk,", xccl_p2p_bytes_of(field), in->bytes,
+                       in->bytes);
+    int status = check_chunk(p2p, in, field, in->bytes - in->received);
+    if (status == XCCL_OK)
         take_chunk(p2p, in, field);
-    else
-        return corrupt(p2p, in, "the next chunk of a message was due");
-    return XCCL_OK;
+    return status;
 }
 
 /* ---- new messages ---- */
 
-static void deliver(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field, xccl_request_t *receive) {
-    xccl_p2p_field_t copy = *field;
+static xccl_p2p_offer_t offer_of(const xccl_p2p_field_t *field) {
+    return (xccl_p2p_offer_t){xccl_p2p_kind_of(field), field->body.at.offset, field->body.at.ack,
+                              field->body.at.number};
+}
+
+static int deliver(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field, xccl_request_t *receive) {
+    const xccl_p2p_offer_t offer = offer_of(field);
+    int status;
     switch (xccl_p2p_kind_of(field)) {
     case XCCL_P2P_INLINE:
         xccl_p2p_copy_inline(receive->buffer, field->body.payload, receive->bytes);
         xccl_ring_consume(&in->ring, false);
         xccl_p2p_unpost(receive);
-        complete_receive(receive, in->source, copy.event_id, receive->bytes);
-        return;
+        complete_receive(receive, in->source, field->event_id, receive->bytes);
+        return XCCL_OK;
     case XCCL_P2P_OFFER:
+    case XCCL_P2P_CMA_OFFER:
         xccl_ring_consume(&in->ring, false);
-        if (!take_offer(p2p, in->source, copy.body.at.offset, copy.body.at.ack, copy.body.at.number, receive))
-            return;
+        status = xccl_p2p_take_offer(p2p, in, &offer, receive->buffer, receive->bytes);
+        if (status != XCCL_OK)
+            return status < 0 ? status : XCCL_OK;
         xccl_p2p_unpost(receive);
-        complete_receive(receive, in->source, copy.event_id, receive->bytes);
-        return;
+        complete_receive(receive, in->source, field->event_id, receive->bytes);
+        return XCCL_OK;
     default:
         xccl_p2p_unpost(receive);
         begin_assembly(p2p, in, field);
         in->request = receive;
         in->target = receive->buffer;
         take_chunk(p2p, in, field);
+        return XCCL_OK;
     }
 }
 
 /* Moves the message to the unexpected queue. */
 static int keep(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
-    bool is_offer = xccl_p2p_kind_of(field) == XCCL_P2P_OFFER;
+    xccl_p2p_kind_t kind = xccl_p2p_kind_of(field);
+    bool is_offer = xccl_p2p_is_offer(kind);
     uint64_t bytes = xccl_p2p_bytes_of(field);
     xccl_unexpected_t *message = xccl_p2p_keep(in, field->event_id, bytes, is_offer ? 0 : bytes);
     if (!message)
@@ -163,15 +154,12 @@ static int keep(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t
             "rank %d: no memory to set aside a message of %llu bytes from rank %d with tag %lld, which nobody "
             "has asked for yet; it stays queued",
             p2p->comm->rank, (unsigned long long)bytes, in->source, (long long)field->event_id);
-    if (xccl_p2p_kind_of(field) == XCCL_P2P_INLINE) {
+    if (kind == XCCL_P2P_INLINE) {
         memcpy(message->data, field->body.payload, bytes);
         xccl_ring_consume(&in->ring, false);
         return XCCL_OK;
     }
-    message->is_offer = is_offer;
-    message->offset = field->body.at.offset;
-    message->ack = field->body.at.ack;
-    message->number = field->body.at.number;
+    message->offer = offer_of(field);
     if (is_offer) {
         xccl_ring_consume(&in->ring, false);
         return XCCL_OK;
@@ -183,18 +171,23 @@ static int keep(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t
     return XCCL_OK;
 }
 
-static int check_field(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
-    switch (xccl_p2p_kind_of(field)) {
+int xccl_p2p_check_field(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
+    uint64_t bytes = xccl_p2p_bytes_of(field);
+    xccl_p2p_kind_t kind = xccl_p2p_kind_of(field);
+    switch (kind) {
     case XCCL_P2P_INLINE:
-        return xccl_p2p_bytes_of(field) <= XCCL_P2P_INLINE_BYTES ? XCCL_OK : corrupt(p2p, in, "too long for its field");
+        return bytes <= XCCL_P2P_INLINE_BYTES
+                   ? XCCL_OK
+                   : damaged(p2p, in, "bytes of an inline message", bytes, 0, XCCL_P2P_INLINE_BYTES);
     case XCCL_P2P_FIRST:
-        if (!chunk_is_sound(in, field, xccl_p2p_bytes_of(field)))
-            return corrupt(p2p, in, "a chunk outside the data area");
-        return field->body.at.ack <= XCCL_P2P_MAX_ACKS ? XCCL_OK : corrupt(p2p, in, "no such acknowledgement line");
+        if (field->body.at.ack > XCCL_P2P_MAX_ACKS)
+            return damaged(p2p, in, "acknowledgement line", field->body.at.ack, 0, XCCL_P2P_MAX_ACKS);
+        return check_chunk(p2p, in, field, bytes);
     case XCCL_P2P_OFFER:
-        return offer_is_sound(p2p, field) ? XCCL_OK : corrupt(p2p, in, "an offer outside the window");
+    case XCCL_P2P_CMA_OFFER:
+        return xccl_p2p_check_offer(p2p, in->source, field);
     default:
-        return corrupt(p2p, in, "a new message was due");
+        return damaged(p2p, in, "kind of a new message", (uint64_t)kind, XCCL_P2P_INLINE, XCCL_P2P_CMA_OFFER);
     }
 }
 
@@ -205,27 +198,29 @@ static bool is_wanted(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in) {
 static int take_message(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field, bool drain) {
     if (!drain && !is_wanted(p2p, in))
         return XCCL_OK;
-    int status = check_field(p2p, in, field);
+    int status = xccl_p2p_check_field(p2p, in, field);
     if (status != XCCL_OK)
         return status;
     xccl_request_t *receive = xccl_p2p_match(p2p, in->source, field->event_id, xccl_p2p_bytes_of(field));
     if (receive)
-        deliver(p2p, in, field, receive);
+        status = deliver(p2p, in, field, receive);
     else if (drain || is_wanted(p2p, in)) /* asked again: receives with another size have failed */
         status = keep(p2p, in, field);
     return status;
 }
 
 static int pull(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, bool drain) {
-    const xccl_p2p_field_t *field;
+    const xccl_p2p_field_t *line;
     /* step 4: poll the own metadata area */
-    if (!in->assembling && (field = xccl_ring_peek(&in->ring))) {
-        int status = take_message(p2p, in, field, drain);
+    if (!in->assembling && (line = xccl_ring_peek(&in->ring))) {
+        const xccl_p2p_field_t field = xccl_p2p_read_field(line);
+        int status = take_message(p2p, in, &field, drain);
         if (status != XCCL_OK)
             return status;
     }
-    while (in->assembling && (field = xccl_ring_peek(&in->ring))) {
-        int status = continue_assembly(p2p, in, field);
+    while (in->assembling && (line = xccl_ring_peek(&in->ring))) {
+        const xccl_p2p_field_t field = xccl_p2p_read_field(line);
+        int status = continue_assembly(p2p, in, &field);
         if (status != XCCL_OK)
             return status;
     }
@@ -261,26 +256,26 @@ static void adopt_assembly(xccl_p2p_incoming_t *in, xccl_unexpected_t *message, 
     in->target = receive->buffer;
 }
 
-bool xccl_p2p_take_unexpected(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_unexpected_t *message,
-                              xccl_request_t *receive) {
-    bool taken = true;
-    if (message->is_offer) {
-        taken = take_offer(p2p, in->source, message->offset, message->ack, message->number, receive);
+int xccl_p2p_take_unexpected(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_unexpected_t *message,
+                             xccl_request_t *receive) {
+    int status = XCCL_OK;
+    if (xccl_p2p_is_offer(message->offer.kind)) {
+        status = xccl_p2p_take_offer(p2p, in, &message->offer, receive->buffer, receive->bytes);
     } else if (in->message == message) {
         adopt_assembly(in, message, receive);
         free(message);
-        return true;
+        return XCCL_OK;
     } else {
         if (message->bytes > 0)
             memcpy(receive->buffer, message->data, message->bytes);
-        acknowledge(p2p, in->source, message->ack, message->number);
+        xccl_p2p_acknowledge(p2p, in->source, message->offer.ack, message->offer.number);
         if (message->sender)
             xccl_p2p_complete(message->sender, XCCL_OK);
     }
-    if (taken)
+    if (status == XCCL_OK)
         complete_receive(receive, in->source, message->tag, message->bytes);
     free(message);
-    return taken;
+    return status;
 }
 
 /* ---- giving up ---- */
@@ -298,8 +293,7 @@ static int detach(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_request_t
             p2p->comm->rank, (unsigned long long)in->bytes, in->source, (long long)in->tag);
     }
     memcpy(message->data, receive->buffer, in->received);
-    message->ack = in->ack;
-    message->number = in->number;
+    message->offer = (xccl_p2p_offer_t){XCCL_P2P_FIRST, 0, in->ack, in->number};
     in->request = NULL;
     in->message = message;
     in->target = message->data;
@@ -327,27 +321,38 @@ static bool only_ring_serves(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *i
     return !p2p->posted.first && !in->first && !in->assembling;
 }
 
-/* Takes the next message without a request, if it is there, is the one asked for, and has come whole. */
-static bool receive_at_once(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buffer, uint64_t bytes, int64_t tag,
-                            xccl_message_t *out) {
-    const xccl_p2p_field_t *field = xccl_ring_peek(&in->ring);
-    if (!field || xccl_p2p_bytes_of(field) != bytes || (tag != XCCL_ANY_TAG && tag != field->event_id))
-        return false;
-    if (xccl_p2p_kind_of(field) == XCCL_P2P_INLINE && bytes <= XCCL_P2P_INLINE_BYTES) {
-        *out = (xccl_message_t){in->source, field->event_id, bytes};
-        xccl_p2p_copy_inline(buffer, field->body.payload, bytes);
+/* Takes the next message without a request, if it is there, is the one asked for, and has come whole. AGAIN: not so. */
+static int receive_at_once(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buffer, uint64_t bytes, int64_t tag,
+                           xccl_message_t *out) {
+    const xccl_p2p_field_t *line = xccl_ring_peek(&in->ring);
+    if (!line)
+        return XCCL_AGAIN;
+    xccl_p2p_field_t field = {.event_id = (int64_t)xccl_gas_read(&line->event_id),
+                              .kind_and_bytes = xccl_gas_read(&line->kind_and_bytes)};
+    if (xccl_p2p_bytes_of(&field) != bytes || (tag != XCCL_ANY_TAG && tag != field.event_id))
+        return XCCL_AGAIN;
+    *out = (xccl_message_t){in->source, field.event_id, bytes};
+    if (xccl_p2p_kind_of(&field) == XCCL_P2P_INLINE && bytes <= XCCL_P2P_INLINE_BYTES) {
+        xccl_p2p_copy_inline(buffer, line->body.payload, bytes);
         xccl_ring_consume(&in->ring, false);
-        return true;
+        return XCCL_OK;
     }
-    if (xccl_p2p_kind_of(field) != XCCL_P2P_FIRST || field->body.at.length != bytes ||
-        !chunk_is_sound(in, field, bytes) || field->body.at.ack > XCCL_P2P_MAX_ACKS)
-        return false;
-    *out = (xccl_message_t){in->source, field->event_id, bytes};
-    uint64_t ack = field->body.at.ack, number = field->body.at.number;
-    xccl_copy(buffer, in->ring.data + field->body.at.offset, bytes);
-    xccl_ring_consume(&in->ring, xccl_p2p_hands_back(field));
-    acknowledge(p2p, in->source, ack, number);
-    return true;
+    field = xccl_p2p_read_field(line);
+    if (xccl_p2p_is_offer(xccl_p2p_kind_of(&field))) {
+        int status = xccl_p2p_check_offer(p2p, in->source, &field);
+        if (status != XCCL_OK)
+            return status;
+        const xccl_p2p_offer_t offer = offer_of(&field);
+        xccl_ring_consume(&in->ring, false);
+        return xccl_p2p_take_offer_jointly(p2p, in, &offer, buffer, bytes);
+    }
+    if (xccl_p2p_kind_of(&field) != XCCL_P2P_FIRST || field.body.at.length != bytes ||
+        !chunk_is_sound(in, &field, bytes) || field.body.at.ack > XCCL_P2P_MAX_ACKS)
+        return XCCL_AGAIN;
+    xccl_copy(buffer, in->ring.data + field.body.at.offset, bytes);
+    xccl_ring_consume(&in->ring, xccl_p2p_hands_back(&field));
+    xccl_p2p_acknowledge(p2p, in->source, field.body.at.ack, field.body.at.number);
+    return XCCL_OK;
 }
 
 typedef struct line_wait_t {
@@ -375,7 +380,7 @@ static int receive_directly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buff
     int status = xccl_wait(p2p->world, &wait, deadline);
     if (status != XCCL_OK)
         return status;
-    return receive_at_once(p2p, in, buffer, bytes, tag, out) ? XCCL_OK : XCCL_AGAIN;
+    return receive_at_once(p2p, in, buffer, bytes, tag, out);
 }
 
 /* Also tells the race checker. */
@@ -419,11 +424,11 @@ int xccl_p2p_recv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, i
     xccl_p2p_t *p2p = comm->p2p;
     xccl_p2p_incoming_t *in = source == XCCL_ANY_SOURCE ? NULL : &p2p->incoming[source];
     bool direct = in && only_ring_serves(p2p, in);
-    if (direct && receive_at_once(p2p, in, buffer, bytes, tag, out))
-        return note_received(comm, buffer, out);
     int64_t deadline = xccl_deadline(comm->world, timeout_ns);
     if (direct) {
-        status = receive_directly(p2p, in, buffer, bytes, tag, deadline, out);
+        status = receive_at_once(p2p, in, buffer, bytes, tag, out);
+        if (status == XCCL_AGAIN)
+            status = receive_directly(p2p, in, buffer, bytes, tag, deadline, out);
         if (status != XCCL_AGAIN)
             return status == XCCL_OK ? note_received(comm, buffer, out) : status;
     }

@@ -16,8 +16,10 @@ void xccl_race_lock(xccl_world_t *world, _Atomic uint32_t *lock) {
             return;
         if (turn % 64 == 0)
             sched_yield();
-        /* what a dead holder left half done may lose a report of that rank's accesses */
-        if (turn % 4096 == 0 && holder != 0 && xccl_shm_is_dead(world, (int)holder - 1) &&
+        /* what a dead holder left half done may lose a report of that rank's accesses; a holder that is no rank never
+         * leaves */
+        bool is_rank = holder - 1 < (uint32_t)world->size;
+        if (turn % 4096 == 0 && holder != 0 && (!is_rank || xccl_shm_is_dead(world, (int)holder - 1)) &&
             atomic_compare_exchange_strong_explicit(lock, &holder, mine, memory_order_acquire, memory_order_relaxed))
             return;
     }

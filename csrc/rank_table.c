@@ -31,6 +31,7 @@ static const char *const OPERATIONS[XCCL_OP_COUNT] = {
     [XCCL_OP_DISPATCH] = "dispatch",
     [XCCL_OP_COMBINE] = "combine",
     [XCCL_OP_EP_OPEN] = "ExpertParallel",
+    [XCCL_OP_EP_ALIVE] = "set_alive",
     [XCCL_OP_SHRINK] = "shrink",
     [XCCL_OP_AE_OPEN] = "AttentionExpert",
     [XCCL_OP_A2E] = "a2e",

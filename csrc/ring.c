@@ -61,6 +61,11 @@ void xccl_ring_look(xccl_ring_producer_t *ring) {
     uint64_t ticks = xccl_ring_ticks() - start;
     if (tail == ring->cached_tail)
         return;
+    if (ring->head - tail > ring->shape.lines) { /* the memory is damaged: the last tail still bounds the room */
+        ring->bad_tail = tail;
+        ring->has_bad_tail = true;
+        return;
+    }
     note_distance(ring, ticks); /* the word is new, so its line came from the consumer's core */
     ring->cached_tail = tail;
     ring->data_tail = ring->ends[(tail - 1) & (ring->shape.lines - 1)];

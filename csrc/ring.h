@@ -66,6 +66,8 @@ typedef struct xccl_ring_producer_t {
     const _Atomic uint64_t *tail;
     uint64_t head;        /* positions published */
     uint64_t cached_tail; /* tail as last read */
+    uint64_t bad_tail;    /* last one that was not in [head - lines, head], so not the consumer's, */
+    bool has_bad_tail;    /* if there was one */
     /* data: counts of bytes, those passed over included */
     uint64_t limit;     /* bytes of the area that may be used */
     uint64_t offset;    /* where the next piece begins, if it fits there */

@@ -13,6 +13,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "cma.h"
 #include "comm.h"
 #include "copy.h"
 #include "heap.h"
@@ -25,7 +26,7 @@
 #endif
 
 static const uint64_t MAGIC = 0x6c63637830303031; /* changes with nothing: the ABI number does */
-static const uint32_t ABI = 3;
+static const uint32_t ABI = 4;
 static const uint64_t HUGE_PAGE = 2ull << 20;
 static const uint64_t META_BYTES = 4ull << 30;
 
@@ -141,6 +142,8 @@ static const char *fault_of(const xccl_config_t *config) {
         return "coll_block_bytes";
     if (config->heap_bytes > UINT64_MAX / 16 / XCCL_MAX_RANKS)
         return "heap_bytes";
+    if (config->cores < 1)
+        return "cores";
     if (config->timeout_ns < 0 || config->init_timeout_ns < 0)
         return "timeout";
     return NULL;
@@ -365,6 +368,7 @@ static int claim_rank(xccl_world_t *world) {
     if (status != XCCL_OK)
         return status;
     xccl_wait_open(world);
+    xccl_cma_open(world);
     /* release: who sees ATTACHED sees pid, start time and the zeroed boot pages */
     atomic_store_explicit(&entry->state, XCCL_RANK_ATTACHED, memory_order_release);
     return XCCL_OK;

@@ -44,6 +44,7 @@ typedef enum xccl_op_t {
     XCCL_OP_DISPATCH,
     XCCL_OP_COMBINE,
     XCCL_OP_EP_OPEN,
+    XCCL_OP_EP_ALIVE,
     XCCL_OP_SHRINK,
     XCCL_OP_AE_OPEN,
     XCCL_OP_A2E,
@@ -87,6 +88,9 @@ typedef struct xccl_rank_entry_t {
     _Atomic uint64_t start_time;
     _Atomic uint64_t pid_namespace; /* in which pid and start time mean something; 0: none */
     _Atomic int32_t locked;         /* the rank holds its byte of the object, see process.h */
+    _Atomic int32_t reads_peers;    /* this and the next two: see cma.h */
+    _Atomic uint64_t cma_address;
+    _Atomic uint64_t cma_word;
     _Alignas(64) _Atomic uint32_t sleeping;
     _Alignas(64) _Atomic uint32_t bell;
     _Alignas(64) _Atomic uint64_t sequence;
@@ -120,6 +124,7 @@ struct xccl_world_t {
     bool read_only;           /* an observer without the right to write */
     unsigned fork_generation; /* of the process that attached */
     uint64_t pid_namespace;   /* as in xccl_rank_entry_t */
+    uint64_t cma_word;        /* peers that read it here can read this process: see cma.h */
     xccl_mapping_t *mapping;
     unsigned char *base; /* of the mapping */
     unsigned char *windows;

@@ -145,19 +145,32 @@ static void propose(const shrink_t *shrink) {
 }
 
 /* Takes over the first proposal. */
-static void agree_on_view(shrink_t *shrink) {
+static int agree_on_view(shrink_t *shrink) {
     const xccl_comm_t *parent = shrink->parent;
     _Atomic uint64_t *decision = &deciding_page(shrink)->decision[shrink->attempt - 1];
     /* a rank that comes again after a timeout must not change a proposal of its own that stands */
     if (atomic_load(decision) == 0)
         propose(shrink);
     uint64_t proposer = decide(decision, (uint64_t)parent->rank + 1);
+    if (proposer - 1 >= (uint64_t)parent->size)
+        return xccl_comm_fail_damaged(parent, 0, "member that decided", proposer, 1, (uint64_t)parent->size);
     const xccl_shrink_page_t *decided = page_of(shrink, parent->ranks[proposer - 1]);
-    shrink->context = (int)decided->context;
+    uint64_t context = xccl_gas_read(&decided->context);
+    if (context >= XCCL_MAX_CONTEXTS)
+        return xccl_comm_fail_damaged(parent, (int)proposer - 1, "context", context, 0, XCCL_MAX_CONTEXTS - 1);
+    shrink->context = (int)context;
     shrink->view_size = 0;
+    bool is_member = false;
     for (int pe = 0; pe < parent->size; pe++)
-        if (in_view(decided->view, parent->ranks[pe]))
+        if (in_view(decided->view, parent->ranks[pe])) {
             shrink->view[shrink->view_size++] = parent->ranks[pe];
+            is_member |= pe == parent->rank;
+        }
+    return is_member ? XCCL_OK
+                     : xccl_fail(XCCL_ERR_SYSTEM,
+                                 "shrink on rank %d: damaged shared memory: the %d survivors that rank %d names do not "
+                                 "contain this rank",
+                                 parent->rank, shrink->view_size, (int)proposer - 1);
 }
 
 /* Deaths outside the view do not end this rank's waits any more. */
@@ -205,7 +218,9 @@ static int attempt(shrink_t *shrink, xccl_comm_t **out) {
     int status = await_step(shrink, shrink->parent->ranks, shrink->parent->size, ARRIVED);
     if (status != XCCL_OK)
         return status;
-    agree_on_view(shrink);
+    status = agree_on_view(shrink);
+    if (status != XCCL_OK)
+        return status;
     mourn(shrink);
     xccl_comm_t *comm = NULL;
     int opened = open_view(shrink, &comm);

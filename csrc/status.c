@@ -35,6 +35,15 @@ int xccl_fail_about(int status, int rank, const char *format, ...) {
     return status;
 }
 
+int xccl_fail_damaged(const char *operation, int rank, int peer, const char *field, uint64_t got, uint64_t least,
+                      uint64_t most) {
+    return xccl_fail(XCCL_ERR_SYSTEM,
+                     "%s on rank %d: damaged shared memory: %s from rank %d is %llu, expected %llu to %llu; a store of "
+                     "some rank went astray: AddressSanitizer or a debugger's watchpoint may show whose",
+                     operation, rank, field, peer, (unsigned long long)got, (unsigned long long)least,
+                     (unsigned long long)most);
+}
+
 int xccl_fail_errno(int error, const char *format, ...) {
     va_list args;
     va_start(args, format);

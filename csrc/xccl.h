@@ -37,7 +37,8 @@ typedef enum xccl_status_t {
     XCCL_ERR_MEMORY = -5,      /* shared memory or address space is used up */
     XCCL_ERR_SYSTEM = -6,      /* a system call failed */
     XCCL_ERR_INTERRUPTED = -7, /* the interrupt hook asked to stop waiting (Ctrl-C) */
-    XCCL_ERR_RACE = -8         /* the race checker found two accesses that nothing orders */
+    XCCL_ERR_RACE = -8,        /* the race checker found two accesses that nothing orders */
+    XCCL_ERR_MISSING = -9      /* tokens chose experts without a live rank; the combine is complete */
 } xccl_status_t;
 
 /* Text of the calling thread's last error; valid until its next failing call. */
@@ -94,6 +95,7 @@ typedef struct xccl_config_t {
     int64_t first_timeout_ns;  /* default deadline of a rank's first operation [twice timeout_ns] */
     char session[32];          /* random id of the world, NUL-terminated */
     int32_t racecheck;         /* 1: look for races, see below [0] */
+    int32_t no_cma;            /* 1: peers do not read each other's ordinary memory through the kernel [0] */
 } xccl_config_t;
 
 /* A rank's state as others see it. */
@@ -420,7 +422,20 @@ typedef struct xccl_moe_t xccl_moe_t;
 /* One dispatch of one member: what it sent where, and what it received. Combine needs it, once. */
 typedef struct xccl_moe_handle_t xccl_moe_handle_t;
 
-/* Equal on all members, except simd. */
+/* What combine does about a token with an expert that had no live rank when it was dispatched. Each sum of weights
+ * is in float32 over the slots in ascending order; without weights each slot weighs 1.
+ *   RAISE        sums as ZERO does, completes, then returns MISSING
+ *   RENORMALIZE  each weight w becomes w / (sum over the live experts) * (sum over all experts of the token). Where a
+ *                weight is negative or NaN, or a sum 0 or infinite, they stay as they are
+ *   ZERO         sums over the live experts
+ * With each of them a token without any live expert gets zeros. */
+typedef enum xccl_on_missing_t {
+    XCCL_MISSING_RAISE = 0,
+    XCCL_MISSING_RENORMALIZE = 1,
+    XCCL_MISSING_ZERO = 2
+} xccl_on_missing_t;
+
+/* Equal on all members, except simd and on_missing. */
 typedef struct xccl_moe_config_t {
     int64_t num_experts;
     int64_t hidden;         /* elements of a row */
@@ -429,6 +444,7 @@ typedef struct xccl_moe_config_t {
     xccl_dtype_t dtype;
     xccl_quant_t quant;
     xccl_simd_t simd;
+    xccl_on_missing_t on_missing;
 } xccl_moe_config_t;
 
 /* Address space of each member's window that a group takes, in bytes. Pages are reserved only up to what
@@ -440,7 +456,7 @@ typedef struct xccl_moe_bytes_t {
 } xccl_moe_bytes_t;
 
 /* What xccl_moe_open will take with these arguments: the same computation. owner[expert] is the member that
- * holds it. Local. */
+ * holds it, -1 if none does. Local. */
 int xccl_moe_bytes(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner, xccl_moe_bytes_t *out);
 
 /* Opens a group over `comm`. A member whose arguments differ is named in a USAGE error on all members. Collective. */
@@ -457,6 +473,12 @@ void xccl_moe_discard(xccl_moe_t *moe);
 /* Offset in the own window, and bytes, of the pool: address space for rows that peers may read in place.
  * Its owner decides what lies where and reserves pages with xccl_heap_commit. */
 void xccl_moe_pool(const xccl_moe_t *moe, uint64_t *out_offset, uint64_t *out_bytes);
+
+/* Says which members are alive [comm size], 0 or 1; at first all are. Dispatches sent from now on skip the experts
+ * of the others, which still take part in every call; a handle keeps what held at its dispatch. USAGE on all members,
+ * naming rank, got and expected, if it differs between them; then nothing changed. May be called while operations are
+ * in flight. Collective. */
+int xccl_moe_set_alive(xccl_moe_t *moe, const unsigned char *alive, int64_t timeout_ns);
 
 /* Stages and publishes the rows of x [num_tokens, hidden]. topk_idx [num_tokens, num_topk]: experts, -1 for
  * none. topk_weights (may be NULL) are kept for combine. All arrays may be reused on return. Waits only for the
@@ -481,8 +503,18 @@ int xccl_moe_combine_send(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void
                           const float *topk_weights, int64_t timeout_ns);
 
 /* Waits for the outputs of all members and writes the weighted sums to out [num_tokens, hidden]. Returns
- * when no member reads y any more, if it was read in place. */
+ * when no member reads y any more, if it was read in place. MISSING, for which see xccl_on_missing_t, is no failure
+ * of the group: out is written, the handle used. */
 int xccl_moe_combine_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *out, int64_t timeout_ns);
+
+/* Another policy than the group's for this handle. Local; before xccl_moe_combine_wait. */
+void xccl_moe_on_missing(xccl_moe_handle_t *handle, xccl_on_missing_t policy);
+
+/* What each token lacks [num_tokens]: the sum of the weights of its experts without a live rank (their number, without
+ * weights), and how many of its slots name such an expert and a live one. Weights are those of combine once it was
+ * sent with some, before that those of dispatch. Local; the group may be closed already. */
+void xccl_moe_missing(const xccl_moe_handle_t *handle, float *out_weight, int32_t *out_num_missing,
+                      int32_t *out_num_kept);
 
 /* Frees a handle, NULL too; not while its dispatch or combine is in flight. The group may be closed already. */
 void xccl_moe_handle_free(xccl_moe_handle_t *handle);

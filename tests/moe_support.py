@@ -75,25 +75,40 @@ class Batch:
     xs: list[np.ndarray]
     idxs: list[np.ndarray]
     weights: list[np.ndarray]
+    alive: list[bool] | None = None
     received: list[reference.Received] = field(init=False)
     ys: list[np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
         layer = self.layer
         self.received = reference.dispatch(
-            self.xs, self.idxs, layer.num_experts, expert_map=layer.expert_map, quant=layer.quant
+            self.xs, self.idxs, layer.num_experts, expert_map=layer.expert_map, alive=self.alive, quant=layer.quant
         )
         self.ys = [expert_outputs(r, layer) for r in self.received]
 
     def raw(self) -> list[reference.Received]:
         layer = self.layer
         return reference.dispatch(
-            self.xs, self.idxs, layer.num_experts, expert_map=layer.expert_map, quant=layer.quant, dequantize=False
+            self.xs,
+            self.idxs,
+            layer.num_experts,
+            expert_map=layer.expert_map,
+            alive=self.alive,
+            quant=layer.quant,
+            dequantize=False,
         )
 
-    def outs(self, weighted: bool) -> list[np.ndarray]:
+    def outs(self, weighted: bool, on_missing: str = "raise") -> list[np.ndarray]:
         weights = self.weights if weighted else None
-        return reference.combine(self.ys, self.idxs, self.layer.num_experts, weights, expert_map=self.layer.expert_map)
+        return reference.combine(
+            self.ys,
+            self.idxs,
+            self.layer.num_experts,
+            weights,
+            expert_map=self.layer.expert_map,
+            alive=self.alive,
+            on_missing=on_missing,
+        )
 
 
 def expert_outputs(received: reference.Received, layer: Layer) -> np.ndarray:
@@ -124,8 +139,8 @@ def random_inputs(rng: np.random.Generator, layer: Layer, num_sources: int) -> t
     return xs, idxs, weights
 
 
-def random_batch(rng: np.random.Generator, layer: Layer) -> Batch:
-    return Batch(layer, *random_inputs(rng, layer, layer.size))
+def random_batch(rng: np.random.Generator, layer: Layer, alive: list[bool] | None = None) -> Batch:
+    return Batch(layer, *random_inputs(rng, layer, layer.size), alive)
 
 
 def place(

@@ -61,6 +61,7 @@ _ERRORS: dict[int, type[errors.XcclError]] = {
     lib.XCCL_ERR_MEMORY: errors.XcclOutOfMemory,
     lib.XCCL_ERR_SYSTEM: errors.XcclSystemError,
     lib.XCCL_ERR_RACE: errors.XcclRaceError,
+    lib.XCCL_ERR_MISSING: errors.XcclMissingExperts,
 }
 
 _pending_interrupt: list[BaseException] = []

@@ -184,5 +184,6 @@ def _config(size: int, session: str) -> Any:
             "first_timeout_ns": int(rc.first_timeout * 1e9),
             "session": session.encode(),
             "racecheck": rc.racecheck == "1",
+            "no_cma": rc.cma == "off",
         },
     )

@@ -93,7 +93,7 @@ def make_roles(
         raise XcclUsageError(f"{WHO}: path is {path!r}, expected 'auto', 'direct' or 'trampoline'")
     places = _places(expert_map, num_experts, experts)
     layer, owner = make_config(
-        len(experts), num_experts, hidden, num_topk, num_max_tokens_per_rank, dtype, quant, places, WHO
+        len(experts), num_experts, hidden, num_topk, num_max_tokens_per_rank, dtype, quant, places, who=WHO
     )
     configs, before = [], 0
     for ranks in domains:

@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from xccl._binding import check, ffi, lib, timeout_ns, writable
 from xccl.attention_config import PATHS, Path, make_roles
 from xccl.communicator import Communicator
-from xccl.moe_arguments import RowArguments, start_of_rows, time_left
 from xccl.moe_config import BufferBytes, Quant, row_dtype
+from xccl.moe_group import MoeGroup, start_of, time_left
 from xccl.moe_handle import A2EHandle, Hook
 from xccl.row_pool import RowPool
 
@@ -23,12 +23,12 @@ Array = np.ndarray[Any, Any]
 Rows = tuple[Array, A2EHandle]
 RawRows = tuple[tuple[NDArray[np.int8], NDArray[np.float32]], A2EHandle]  # with dequantize=False
 
-_INT8 = np.dtype(np.int8)
+_INT8, _INT64 = np.dtype(np.int8), np.dtype(np.int64)
 _INT32S, _FLOATS = ffi.typeof("int32_t[]"), ffi.typeof("float[]")
 _PATH_NAMES: dict[int, Path] = {number: name for name, number in PATHS.items()}
 
 
-class AttentionExpert(RowArguments):
+class AttentionExpert(MoeGroup):
     """An MoE layer whose attention and experts live on separate ranks (the paper's A2E and E2A, section 3.3).
 
     Attention ranks call `a2e`, then `e2a`; expert ranks call `a2e_recv`, run their experts, and call `e2a_send`. That
@@ -210,7 +210,7 @@ class AttentionExpert(RowArguments):
         domain = self._attention("a2e")
         rows = self._rows("a2e", "x", x)
         num_tokens = x.shape[0]
-        slots = self._experts("a2e", topk_idx, num_tokens)
+        slots = self._slots("a2e", "topk_idx", topk_idx, num_tokens, _INT64)
         weights = self._weights("a2e", topk_weights, num_tokens)
         check(lib.xccl_ae_a2e(domain, rows, num_tokens, slots, weights, self._batch))
         batch = int(self._batch[0])
@@ -398,8 +398,7 @@ class AttentionExpert(RowArguments):
         try:
             self._finish(handle, time_left(timeout, started))
         except BaseException as error:
-            # others wait for what this rank did not finish: no later operation can be trusted
-            self._failure = f"e2a_send failed halfway ({type(error).__name__})"
+            self._fail("e2a_send", error)
             raise
 
     def e2a_send_async(self, y: Array, handle: A2EHandle) -> Hook[None]:
@@ -417,7 +416,7 @@ class AttentionExpert(RowArguments):
             raise self._error("e2a_send", f"the handle is not one of this AttentionExpert's: {handle!r}")
         if hasattr(handle, "num_recv"):  # otherwise the C core says that a2e_recv has not completed
             self._outputs("e2a_send", y, handle.num_recv)
-        check(lib.xccl_ae_send_begin(domains[handle.domain], handle._batch, *start_of_rows(y)))
+        check(lib.xccl_ae_send_begin(domains[handle.domain], handle._batch, *start_of(y)))
         handle._y = y
 
     def _finish(self, handle: A2EHandle, timeout: float | None) -> None:
@@ -434,7 +433,7 @@ class AttentionExpert(RowArguments):
         It comes from the pool that a2e_recv uses for the domain, and is an ordinary array when that is used up. Not
         collective.
         """
-        self._domains("empty")
+        self._group("empty")
         return self._pools[domain].empty((num_rows, self.hidden), self.dtype)
 
     def close(self, *, timeout: float | None = None) -> None:
@@ -473,25 +472,16 @@ class AttentionExpert(RowArguments):
 
     # ---- checks ----
 
-    def _domains(self, operation: str) -> list[Any]:
-        """The C core's domains; raises if they cannot be used any more."""
-        self.comm._handle()
-        if not self._c:
-            raise self._error(operation, "this AttentionExpert is closed")
-        if self._failure:
-            raise self._error(operation, f"unusable since {self._failure}: make a new one on all ranks")
-        return self._c
-
     def _attention(self, operation: str) -> Any:
         """This attention rank's domain."""
-        domains = self._domains(operation)
+        domains = self._group(operation)
         if self.domain is None:
             raise self._error(operation, f"for attention ranks {_listed(self.domains)}; this one is {self._who()}")
         return domains[self.domain]
 
     def _experts_here(self, operation: str) -> list[Any]:
         """All domains, on an expert rank."""
-        domains = self._domains(operation)
+        domains: list[Any] = self._group(operation)
         if self.role != "expert":
             raise self._error(operation, f"for expert ranks {_listed([self.expert_ranks])}; this one is {self._who()}")
         return domains

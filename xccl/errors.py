@@ -84,6 +84,26 @@ class XcclAborted(XcclError):
         return XcclAborted, (str(self), self.rank, self.traceback_text)
 
 
+class XcclMissingExperts(XcclError):
+    """Tokens chose experts that have no live rank, and combine was not told to go on without them (`on_missing`).
+
+    The message names the first token, its missing experts and their ranks. Raised when the combine is complete: the
+    peers have what they wait for, the handle is used, the group works, `out=` holds the sums without those experts.
+
+    Attributes
+    ----------
+    tokens : tuple of int
+        All tokens of this rank that miss an expert.
+    """
+
+    def __init__(self, message: str, tokens: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+
+    def __reduce__(self) -> tuple[type[XcclMissingExperts], tuple[str, tuple[int, ...]]]:
+        return XcclMissingExperts, (str(self), self.tokens)
+
+
 class XcclRaceError(XcclError):
     """Two ranks access the same bytes, one of them writes, and nothing orders the two (see `racecheck` in the options).
 

@@ -12,8 +12,10 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from xccl._binding import array_address, check, ffi, lib, timeout_ns, writable
 from xccl.communicator import Communicator
-from xccl.moe_arguments import RowArguments, start_of_rows, time_left
-from xccl.moe_config import BufferBytes, Quant, make_config, row_dtype
+from xccl.errors import XcclMissingExperts
+from xccl.moe_alive import LiveExperts
+from xccl.moe_config import BufferBytes, OnMissing, Quant, make_config, on_missing_code, row_dtype
+from xccl.moe_group import start_of, time_left
 from xccl.moe_handle import Handle, Hook
 from xccl.row_pool import RowPool
 
@@ -22,11 +24,12 @@ Rows = tuple[Array, Handle]
 RawRows = tuple[tuple[NDArray[np.int8], NDArray[np.float32]], Handle]  # with dequantize=False
 
 _INT8 = np.dtype(np.int8)
+_INT64 = np.dtype(np.int64)
 
 _INT32S, _FLOATS = ffi.typeof("int32_t[]"), ffi.typeof("float[]")
 
 
-class ExpertParallel(RowArguments):
+class ExpertParallel(LiveExperts):
     """The experts of an MoE layer, spread over the ranks of a communicator (the paper's dispatch and combine, Fig. 7).
 
     Every operation is collective: a rank without tokens takes part with zero. Results depend on the routing only, not
@@ -53,13 +56,16 @@ class ExpertParallel(RowArguments):
         How dispatch carries rows: as they are, or as int8 with one float32 scale a row (max|x| / 127). Combine always
         carries dtype.
     expert_map : int [num_experts], optional
-        The rank of each expert. Default: contiguous blocks, sizes differ by at most one, larger blocks first.
+        The rank of each expert, -1: none has it, it gets no tokens. Default: contiguous blocks, sizes differ by at most
+        one, larger blocks first.
+    on_missing : "raise", "renormalize" or "zero"
+        What combine does about tokens that chose experts without a live rank; see there. May differ between ranks.
     timeout : float, optional
         Seconds, as in every blocking call; the default is that of xccl.init.
 
     Attributes
     ----------
-    comm, num_experts, hidden, num_topk, num_max_tokens_per_rank, dtype, quant
+    comm, num_experts, hidden, num_topk, num_max_tokens_per_rank, dtype, quant, on_missing
         As given.
     expert_map : int32 [num_experts]
     local_experts : int64 [num_local_experts]
@@ -78,16 +84,18 @@ class ExpertParallel(RowArguments):
         quant: Quant = None,
         expert_map: ArrayLike | None = None,
         *,
+        on_missing: OnMissing = "raise",
         timeout: float | None = None,
     ) -> None:
         config, owner = make_config(
-            comm.size, num_experts, hidden, num_topk, num_max_tokens_per_rank, dtype, quant, expert_map
+            comm.size, num_experts, hidden, num_topk, num_max_tokens_per_rank, dtype, quant, expert_map, on_missing
         )
         self.comm = comm
         self.num_experts, self.hidden, self.num_topk = num_experts, hidden, num_topk
         self.num_max_tokens_per_rank = num_max_tokens_per_rank
         self.dtype = row_dtype(dtype)
         self.quant = quant
+        self.on_missing = on_missing
         self.expert_map = owner
         self.local_experts = np.flatnonzero(owner == comm.rank)
         self.num_local_experts = len(self.local_experts)
@@ -101,6 +109,9 @@ class ExpertParallel(RowArguments):
         lib.xccl_moe_pool(self._c, offset, nbytes)
         self._pool = RowPool(comm._world, int(offset[0]), int(nbytes[0]))
         self._in_flight: dict[Handle, Array | None] = {}  # with the y that peers may be reading
+        self._world_ranks = np.array([lib.xccl_comm_world_rank(comm._handle(), pe) for pe in range(comm.size)])
+        self._alive = np.ones(comm.size, np.bool_)
+        self._alive.flags.writeable = False
         self._failure = ""
 
     @staticmethod
@@ -170,7 +181,8 @@ class ExpertParallel(RowArguments):
         ----------
         x : dtype [num_tokens, hidden]
         topk_idx : int64 [num_tokens, num_topk]
-            Experts of each token, -1 for none. A token that names an expert twice arrives there twice.
+            Experts of each token, -1 for none. A token that names an expert twice arrives there twice. Experts without
+            a live rank (`live_experts`) get nothing; the handle tells what is missing.
         topk_weights : float32 [num_tokens, num_topk], optional
             Kept for combine.
         out : dtype [at least num_recv, hidden], optional
@@ -251,7 +263,7 @@ class ExpertParallel(RowArguments):
             raise self._error("dispatch", "dequantize=False needs quant='int8'")
         rows = self._rows("dispatch", "x", x)
         num_tokens = x.shape[0]
-        slots = self._experts("dispatch", topk_idx, num_tokens)
+        slots = self._slots("dispatch", "topk_idx", topk_idx, num_tokens, _INT64)
         weights = self._weights("dispatch", topk_weights, num_tokens)
         if out is not None:
             self._rows("dispatch", "out", out, self.dtype if dequantize else _INT8, write=True)
@@ -304,6 +316,7 @@ class ExpertParallel(RowArguments):
         topk_weights: NDArray[np.float32] | None = None,
         *,
         out: Array | None = None,
+        on_missing: OnMissing | None = None,
         timeout: float | None = None,
     ) -> Array:
         """Weighted sum of each token's expert outputs, on the rank that dispatched the token. Collective.
@@ -323,11 +336,21 @@ class ExpertParallel(RowArguments):
         topk_weights : float32 [num_tokens, num_topk], optional
         out : dtype [num_tokens, hidden], optional
             Where to put the result; must not overlap y.
+        on_missing : "raise", "renormalize" or "zero", optional
+            What to do about tokens of this rank with experts that had no live rank when dispatched; default: that of
+            the constructor. "raise": XcclMissingExperts, when this rank's part is done, so no peer waits for it and
+            the next call works. "zero": sum over the live experts. "renormalize": the same with each weight w
+            replaced by w / kept * total, in float32, where kept is the sum of the weights of the live experts and
+            total that of all the token's experts (without weights: their numbers), over the slots in ascending order;
+            weights stay as they are if one of them is negative or NaN, or a sum is 0 or infinite. A token without
+            any live expert gives zeros, never NaN, and is listed in `handle.tokens_without_expert`.
         """
         started = time.monotonic()
-        self._publish(y, handle, topk_weights, out, timeout)
+        self._publish(y, handle, topk_weights, out, on_missing, timeout)
         try:
             return self._sum(handle, out, time_left(timeout, started))
+        except XcclMissingExperts:
+            raise
         except BaseException as error:
             self._fail("combine", error)
             raise
@@ -339,6 +362,7 @@ class ExpertParallel(RowArguments):
         topk_weights: NDArray[np.float32] | None = None,
         *,
         out: Array | None = None,
+        on_missing: OnMissing | None = None,
         timeout: float | None = None,
     ) -> Hook[Array]:
         """As combine, but returns once this rank's outputs are published; `hook()` waits and returns the sums.
@@ -346,7 +370,7 @@ class ExpertParallel(RowArguments):
         A y in symmetric memory must not change before the hook has returned. Two combines may be in flight; a
         third raises XcclUsageError. Collective.
         """
-        self._publish(y, handle, topk_weights, out, timeout)
+        self._publish(y, handle, topk_weights, out, on_missing, timeout)
         return Hook("combine", lambda timeout: self._sum(handle, out, timeout))
 
     def _publish(
@@ -355,6 +379,7 @@ class ExpertParallel(RowArguments):
         handle: Handle,
         topk_weights: NDArray[np.float32] | None,
         out: Array | None,
+        on_missing: OnMissing | None,
         timeout: float | None,
     ) -> None:
         group = self._group("combine")
@@ -369,13 +394,21 @@ class ExpertParallel(RowArguments):
                 raise self._error("combine", f"out has {out.shape[0]} rows, expected {handle.num_tokens}")
             if np.may_share_memory(out, y):
                 raise self._error("combine", "out overlaps y, which the peers read")
-        check(lib.xccl_moe_combine_send(group, handle._c, *start_of_rows(y), weights, timeout_ns(timeout)))
+        where = f"combine on rank {self.comm.rank}"
+        policy = None if on_missing is None else on_missing_code(on_missing, where)
+        check(lib.xccl_moe_combine_send(group, handle._c, *start_of(y), weights, timeout_ns(timeout)))
         self._in_flight[handle] = y
+        if policy is not None:
+            lib.xccl_moe_on_missing(handle._c, policy)
 
     def _sum(self, handle: Handle, out: Array | None, timeout: float | None) -> Array:
         group = self._group("combine")
         result = np.empty((handle.num_tokens, self.hidden), self.dtype) if out is None else out
-        check(lib.xccl_moe_combine_wait(group, handle._c, writable(result, "out", "combine"), timeout_ns(timeout)))
+        try:
+            check(lib.xccl_moe_combine_wait(group, handle._c, writable(result, "out", "combine"), timeout_ns(timeout)))
+        except XcclMissingExperts as error:
+            del self._in_flight[handle]
+            raise XcclMissingExperts(str(error), handle._tokens_missing_some) from None
         del self._in_flight[handle]
         return result
 
@@ -418,18 +451,3 @@ class ExpertParallel(RowArguments):
             f"<xccl.ExpertParallel {self.num_experts} experts on {self.comm.size} ranks ({state}), "
             f"hidden {self.hidden}, top-{self.num_topk}, {self.dtype}, quant {self.quant}>"
         )
-
-    # ---- checks ----
-
-    def _group(self, operation: str) -> Any:
-        """The C group; raises if it cannot be used any more."""
-        self.comm._handle()
-        if self._c is None:
-            raise self._error(operation, "this ExpertParallel is closed")
-        if self._failure:
-            raise self._error(operation, f"unusable since {self._failure}: make a new one on all ranks")
-        return self._c
-
-    def _fail(self, operation: str, error: BaseException) -> None:
-        """A peer may wait for what this rank did not finish: no later operation can be trusted."""
-        self._failure = f"{operation} failed halfway ({type(error).__name__})"

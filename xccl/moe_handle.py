@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from xccl.errors import XcclUsageError
+from xccl._binding import ffi, lib
+from xccl.errors import XcclMissingExperts, XcclUsageError
 
 if TYPE_CHECKING:
     from xccl.attention_expert import AttentionExpert
@@ -61,12 +62,48 @@ class Handle(ReceivedRows):
         Rows of each local expert; they follow each other in recv_x.
     src_rank, src_token : int32 [num_recv]
         Rank that sent each row, and the row's index in its x.
+    missing_weight : float32 [num_tokens]
+        Of each token dispatched, the weight of its experts that had no live rank: 0 if it misses none.
+    tokens_without_expert : int64 [number of such tokens]
+        Tokens dispatched that chose experts none of which had a live rank; combine gives zeros for them.
     """
 
     def __init__(self, ep: ExpertParallel, c_handle: Any, num_tokens: int) -> None:
         self._ep = ep
         self._c = c_handle
         self.num_tokens = num_tokens
+
+    @property
+    def missing_weight(self) -> NDArray[np.float32]:
+        """Weight of each token's experts that had no live rank when it was dispatched, float32 [num_tokens].
+
+        The sum, in float32 over the slots of topk_idx in ascending order, of the weights given to combine, until then
+        (or if it was given none) of those given to dispatch. Without any weights the number of such experts.
+        """
+        return self._missing()[0]
+
+    @property
+    def tokens_without_expert(self) -> NDArray[np.int64]:
+        """Tokens, int64 ascending, that chose experts none of which had a live rank.
+
+        Not those that chose none at all (-1 in all slots).
+        """
+        _, missing, kept = self._missing()
+        return np.flatnonzero((missing > 0) & (kept == 0))
+
+    @property
+    def _tokens_missing_some(self) -> tuple[int, ...]:
+        return tuple(np.flatnonzero(self._missing()[1]).tolist())
+
+    def _missing(self) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]:
+        """Of each token: weight of its missing experts, their number, number of its live ones."""
+        weight = np.empty(self.num_tokens, np.float32)
+        missing, kept = np.empty((2, self.num_tokens), np.int32)
+        floats, ints = ffi.typeof("float[]"), ffi.typeof("int32_t[]")
+        lib.xccl_moe_missing(
+            self._c, ffi.from_buffer(floats, weight), ffi.from_buffer(ints, missing), ffi.from_buffer(ints, kept)
+        )
+        return weight, missing, kept
 
 
 class A2EHandle(ReceivedRows):
@@ -105,6 +142,10 @@ class Hook(Generic[T]):
         """Completes the operation; returns what the call without `_async` returns. Collective."""
         if self._complete is None:
             raise XcclUsageError(f"{self._operation}: this hook has been called already")
-        result = self._complete(timeout)
+        try:
+            result = self._complete(timeout)
+        except XcclMissingExperts:  # complete all the same
+            self._complete = None
+            raise
         self._complete = None  # lets go of the arrays
         return result

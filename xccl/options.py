@@ -92,6 +92,12 @@ OPTIONS = (
     Option(
         "coll_block_size", 0, "bytes", "what collectives on ordinary arrays stage at once; 0: half of a core's L2 cache"
     ),
+    Option(
+        "cma",
+        "auto",
+        "auto|off",
+        "auto: large messages between ordinary arrays are copied once by the kernel where that works and is faster",
+    ),
     Option("racecheck", "0", "0|1", "1 looks for accesses to symmetric arrays that nothing orders; slow, for tests"),
     Option(
         "shm_dir",

@@ -45,6 +45,7 @@ typedef struct rank_t {
     xccl_comm_t *comm;
     int64_t *scratch, *out, *symmetric;
     xccl_moe_t *moe;
+    float *pool; /* of the group: outputs there are read in place */
 } rank_t;
 
 static uint64_t next_random(example_t *e) {
@@ -109,12 +110,11 @@ static int use_moe(rank_t *r, uint64_t count, int64_t *x) {
     float rows[MOST_TOKENS][HIDDEN] = {{0}}, sums[MOST_TOKENS][HIDDEN];
     int64_t topk[MOST_TOKENS][TOPK], num_rows;
     int32_t per_expert[EXPERTS];
-    (void)x;
     for (int t = 0; t < MOST_TOKENS; t++)
         for (int slot = 0; slot < TOPK; slot++)
             topk[t][slot] = (int64_t)(count + (uint64_t)(t * 3 + slot + r->rank)) % EXPERTS;
     xccl_moe_handle_t *handle = NULL;
-    float *y = NULL;
+    float *y = NULL, *in_place = x == r->symmetric ? r->pool : NULL; /* else combine copies it */
     int32_t *sources = NULL;
     int status = xccl_moe_dispatch_send(r->moe, rows, MOST_TOKENS, &topk[0][0], NULL, TIMEOUT, &handle);
     if (status >= 0)
@@ -122,7 +122,7 @@ static int use_moe(rank_t *r, uint64_t count, int64_t *x) {
     if (status >= 0) {
         if (num_rows < 0 || num_rows > MOST_ROWS) /* more than all members can send */
             abort();
-        y = malloc((size_t)num_rows * HIDDEN * sizeof *y + 1);
+        y = in_place ? in_place : malloc((size_t)num_rows * HIDDEN * sizeof *y + 1);
         sources = malloc((size_t)num_rows * 2 * sizeof *sources + 1);
         status = xccl_moe_dispatch_pull(r->moe, handle, y, NULL, sources, sources + num_rows);
     }
@@ -132,7 +132,8 @@ static int use_moe(rank_t *r, uint64_t count, int64_t *x) {
         status = xccl_moe_combine_wait(r->moe, handle, sums, TIMEOUT);
     xccl_moe_handle_free(handle);
     free(sources);
-    free(y);
+    if (y != in_place)
+        free(y);
     return status;
 }
 
@@ -158,6 +159,21 @@ static int use_split(rank_t *r, uint64_t count, int64_t *x) {
     return status < 0 ? status : closed;
 }
 
+/* Nobody has died, so the survivors are all members. */
+static int use_shrink(rank_t *r, uint64_t count, int64_t *x) {
+    xccl_comm_t *group = NULL, *survivors = NULL;
+    int status = xccl_comm_split(r->comm, 0, (int64_t)count % 2 ? -r->rank : r->rank, TIMEOUT, &group);
+    if (status < 0)
+        return status;
+    status = xccl_comm_shrink(group, TIMEOUT, &survivors);
+    xccl_comm_discard(group);
+    if (status < 0)
+        return status;
+    status = xccl_coll_all_reduce(survivors, x, 3, XCCL_INT64, XCCL_SUM, TIMEOUT, r->out);
+    int closed = xccl_comm_close(survivors, TIMEOUT);
+    return status < 0 ? status : closed;
+}
+
 static int use_signal(rank_t *r, uint64_t count, int64_t *x) {
     uint64_t *signal = (uint64_t *)(r->symmetric + (uint64_t)RANKS * MOST_COUNT), seen;
     int to = (r->rank + 1) % RANKS;
@@ -178,6 +194,7 @@ static const struct {
     {"moe", use_moe},
     {"heap", use_heap},
     {"split", use_split},
+    {"shrink", use_shrink},
     {"signal", use_signal},
 };
 enum { NUM_OPERATIONS = sizeof OPERATIONS / sizeof *OPERATIONS };
@@ -186,8 +203,9 @@ enum { NUM_OPERATIONS = sizeof OPERATIONS / sizeof *OPERATIONS };
 
 static void open_rank(rank_t *r) {
     static const int32_t owner[EXPERTS] = {0, 1, 2, 0, 1};
-    const xccl_moe_config_t config = {EXPERTS,      HIDDEN,          TOPK,          MOST_TOKENS,
-                                      XCCL_FLOAT32, XCCL_QUANT_NONE, XCCL_SIMD_AUTO};
+    const xccl_quant_t quant = r->example->count % 2 ? XCCL_QUANT_INT8 : XCCL_QUANT_NONE;
+    const xccl_moe_config_t config = {EXPERTS,      HIDDEN, TOPK,           MOST_TOKENS,
+                                      XCCL_FLOAT32, quant,  XCCL_SIMD_AUTO, XCCL_MISSING_RAISE};
     uint64_t offset, bytes = (uint64_t)RANKS * MOST_COUNT * 8;
     r->scratch = calloc(1, bytes);
     r->out = malloc(bytes);
@@ -198,6 +216,10 @@ static void open_rank(rank_t *r) {
         _exit(2);
     }
     r->symmetric = xccl_gas_local(r->world, offset);
+    xccl_moe_pool(r->moe, &offset, &bytes);
+    if (xccl_heap_commit(r->world, offset, bytes) < 0)
+        _exit(2);
+    r->pool = xccl_gas_local(r->world, offset);
 }
 
 static void *run_rank(void *arg) {
@@ -270,8 +292,17 @@ static uint64_t bad_value(example_t *e, uint64_t old) {
     return values[next_random(e) % (sizeof values / sizeof *values)];
 }
 
+enum { MOST_CORRUPTED = 3 };
+
+/* Words that are overwritten, with what they held and what they get. */
+typedef struct corrupted_t {
+    int count;
+    volatile uint64_t *word[MOST_CORRUPTED];
+    uint64_t old[MOST_CORRUPTED], bad[MOST_CORRUPTED];
+} corrupted_t;
+
 /* Overwrites some words; mostly such as have changed since `before`, or are new. */
-static void corrupt(example_t *e, unsigned char *base, const words_t *before, const words_t *now) {
+static corrupted_t corrupt(example_t *e, unsigned char *base, const words_t *before, const words_t *now) {
     static uint64_t changed[MOST_WORDS], used[MOST_WORDS];
     uint64_t num_changed = 0, num_used = 0, old = 0;
     for (uint64_t i = 0; i < now->count; i++) {
@@ -283,17 +314,35 @@ static void corrupt(example_t *e, unsigned char *base, const words_t *before, co
         if (now->value[i] != (existed ? before->value[old] : 0))
             changed[num_changed++] = now->offset[i];
     }
-    for (uint64_t left = 1 + next_random(e) % 3; left > 0; left--) {
+    corrupted_t corrupted = {.count = 1 + (int)(next_random(e) % MOST_CORRUPTED)};
+    for (int i = 0; i < corrupted.count; i++) {
         bool from_changed = num_changed > 0 && next_random(e) % 4 != 0;
         uint64_t pick = next_random(e);
         uint64_t offset = from_changed ? changed[pick % num_changed] : used[pick % num_used];
-        volatile uint64_t *word = (volatile uint64_t *)(base + offset);
-        *word = bad_value(e, *word);
+        corrupted.word[i] = (volatile uint64_t *)(base + offset);
+        corrupted.old[i] = *corrupted.word[i];
+        corrupted.bad[i] = bad_value(e, corrupted.old[i]);
+        *corrupted.word[i] = corrupted.bad[i];
     }
+    return corrupted;
+}
+
+/* Lets the words change to and fro while they are read: who checks one and then reads it again is caught. */
+static void flicker(const corrupted_t *corrupted) {
+    enum { NS = 3000000 };
+    struct timespec start, now;
+    clock_gettime(CLOCK_MONOTONIC, &start);
+    do {
+        for (int turn = 0; turn < 1000; turn++)
+            for (int i = 0; i < corrupted->count; i++)
+                *corrupted->word[i] = turn % 2 ? corrupted->bad[i] : corrupted->old[i];
+        clock_gettime(CLOCK_MONOTONIC, &now);
+    } while ((now.tv_sec - start.tv_sec) * 1000000000ll + now.tv_nsec - start.tv_nsec < NS);
 }
 
 static void corrupt_between(example_t *e) {
     static words_t before, now;
+    corrupted_t corrupted = {0};
     unsigned char *base = mmap(NULL, e->object_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, e->fd, 0);
     if (base == MAP_FAILED)
         _exit(2);
@@ -305,9 +354,11 @@ static void corrupt_between(example_t *e) {
         if (round == e->corrupted_round) {
             nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL); /* for the others to come as far as they can */
             scan(e, base, &now);
-            corrupt(e, base, &before, &now);
+            corrupted = corrupt(e, base, &before, &now);
         }
         pthread_barrier_wait(&e->late);
+        if (round == e->corrupted_round && next_random(e) % 2)
+            flicker(&corrupted);
     }
 }
 

@@ -5,10 +5,11 @@
 
 #include "copy.h"
 #include "ring.h"
+#include "ring_harness.h"
 
 enum { PRODUCER = 0, CONSUMER = 1 };
 
-typedef struct pair_t {
+struct pair_t {
     xccl_world_t worlds[2];
     unsigned char *memory;
     uint64_t stride;
@@ -16,7 +17,7 @@ typedef struct pair_t {
     xccl_ring_consumer_t consumer;
     uint64_t *ends;
     _Atomic uint64_t rung[2];
-} pair_t;
+};
 
 /* Stands in for wait.c. The windows' worlds carry their pair in `ranks`. */
 void xccl_ring(xccl_world_t *world, int rank) {
@@ -182,7 +183,6 @@ static void *consume(void *arg) {
     return NULL;
 }
 
-/* Two threads pass `count` messages; the number of wrong ones. Needs 1024 bytes of data. */
 uint64_t pair_race(pair_t *pair, uint64_t count) {
     race_t race = {.pair = pair, .count = count};
     pthread_t producer;

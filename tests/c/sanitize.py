@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,9 +27,8 @@ OPTIONS = {
 }
 
 
-# Operations of fuzz_control.c that stand every damage to their control words, and those that do not yet.
-FUZZED = ("heap", "split", "signal", "send_receive")
-NOT_YET = ("all_to_all", "all_reduce", "all_gather", "broadcast", "all_to_all_v", "moe")
+# The operations of fuzz_control.c.
+FUZZED = tuple(re.findall(r'\{"(\w+)", use_\w+\}', (HERE / "fuzz_control.c").read_text()))
 
 
 def flags_of(sanitizer: str) -> list[str]:
@@ -54,7 +54,8 @@ def build(sanitizer: str, where: Path) -> dict[str, Path]:
     compiler = os.environ.get("CC", "ccache gcc" if shutil.which("ccache") else "cc").split()
     flags = [*FLAGS, f"-I{CSRC}", *flags_of(sanitizer)]
     core = sorted(CSRC.glob("*.c"))
-    sources = {"threads_world": [HERE / "threads_world.c", *core]}
+    ring = [HERE / "ring_race.c", HERE / "ring_harness.c", *(CSRC / f"{name}.c" for name in ("ring", "copy", "cache"))]
+    sources = {"threads_world": [HERE / "threads_world.c", *core], "ring_race": ring}
     if "address" in sanitizer:
         sources["fuzz_control"] = [HERE / "fuzz_control.c", *core]
     where.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,7 @@ def main() -> int:
     root = HERE.parent.parent / "build" / "sanitizers"
     for sanitizer in arguments.sanitizers:
         programs = build(sanitizer, root / sanitizer)
-        jobs: list[tuple[str, list[object]]] = []
+        jobs: list[tuple[str, list[object]]] = [("ring_race", [arguments.rounds * 2000])]
         for ranks in arguments.ranks:
             jobs += [("threads_world", [ranks, arguments.rounds, seed]) for seed in range(arguments.seeds)]
         if "address" in sanitizer and arguments.fuzz:

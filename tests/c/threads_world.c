@@ -186,6 +186,7 @@ typedef struct batch_t {
     int64_t tokens;
     float x[MOST_TOKENS][HIDDEN], out[MOST_TOKENS][HIDDEN];
     int64_t topk[MOST_TOKENS][TOPK];
+    unsigned char alive[MOST_RANKS]; /* when it was dispatched */
     xccl_moe_handle_t *handle;
     float *y;
     int32_t *src_rank, *src_token, *per_expert;
@@ -222,15 +223,24 @@ static void combine(rank_t *r, batch_t *batch) {
     for (int64_t t = 0; t < batch->tokens; t++) {
         int experts = 0;
         for (int slot = 0; slot < TOPK; slot++)
-            experts += batch->topk[t][slot] >= 0;
+            experts += batch->topk[t][slot] >= 0 && batch->alive[batch->topk[t][slot] % r->size];
         REQUIRE(batch->out[t][HIDDEN - 1] == (float)experts * (float)(r->rank * 100 + t));
     }
+}
+
+/* All agree that one member, or none, is to be left out. */
+static void leave_out(rank_t *r, uint64_t member, batch_t *batch) {
+    for (int rank = 0; rank < r->size; rank++)
+        batch->alive[rank] = (uint64_t)rank != member;
+    CHECK(xccl_moe_set_alive(r->moe, batch->alive, TIMEOUT));
 }
 
 /* Two dispatches in flight; their outputs are read in the pool, and, every other time, copied. */
 static void use_moe(rank_t *r, uint64_t round, batch_t *batches) {
     int64_t num_experts = 2 * r->size + 1;
+    leave_out(r, round % (uint64_t)(r->size + 1), &batches[0]);
     dispatch(r, &batches[0], num_experts);
+    leave_out(r, round / 2 % (uint64_t)(r->size + 1), &batches[1]);
     dispatch(r, &batches[1], num_experts);
     pull(r, &batches[0]);
     pull(r, &batches[1]);
@@ -243,7 +253,8 @@ static void open_moe(rank_t *r, batch_t *batches) {
     int64_t rows = (int64_t)r->size * MOST_TOKENS * TOPK, num_experts = 2 * r->size + 1;
     for (int64_t e = 0; e < num_experts; e++)
         owner[e] = (int32_t)(e % r->size);
-    xccl_moe_config_t config = {num_experts, HIDDEN, TOPK, MOST_TOKENS, XCCL_FLOAT32, XCCL_QUANT_NONE, XCCL_SIMD_AUTO};
+    xccl_moe_config_t config = {num_experts,  HIDDEN,          TOPK,           MOST_TOKENS,
+                                XCCL_FLOAT32, XCCL_QUANT_NONE, XCCL_SIMD_AUTO, XCCL_MISSING_ZERO};
     uint64_t offset, bytes;
     CHECK(xccl_moe_open(r->comm, &config, owner, TIMEOUT, &r->moe));
     xccl_moe_pool(r->moe, &offset, &bytes);

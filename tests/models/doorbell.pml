@@ -11,12 +11,13 @@
  * Who fences: with SLEEPER_MEMBARRIER=1 the waiter calls membarrier, which makes every registered process fence at some
  * moment during the call; with 0 it fences for itself and says FENCE_YOURSELF from the start. With RINGER_MEMBARRIER=1
  * the ringers are registered and leave out their own fence unless they read that word. Both 0 is the classic doorbell,
- * where each side has a fence.
+ * where each side has a fence. With REFUSED_LATER=1 membarrier works until it is refused to the waiter, at any time: from
+ * then on the waiter says FENCE_YOURSELF, and once, for ringers that have left out their fence and looked before it said
+ * so, it naps, so long that every store made before the nap is in memory after it.
  *
  * Bounds: VALUES rounds by one ringer of the waited word, and one ring by another process for something else.
  * Mutants (all must fail): NO_WAITER_FENCE, NO_RINGER_FENCE, UNREGISTERED_RINGER, BELL_AFTER_LOOK, BELL_UNCHANGED,
- * WAKE_BEFORE_STORE, REFUSED_LATER (membarrier is refused for the first time when a waiter arms its doorbell: ringers
- * have left out their fences until then, so one wake-up can be lost).
+ * WAKE_BEFORE_STORE, NO_NAP (with REFUSED_LATER=1).
  */
 #ifndef VALUES
 #define VALUES 3
@@ -27,6 +28,9 @@
 #endif
 #ifndef RINGER_MEMBARRIER
 #define RINGER_MEMBARRIER 1
+#endif
+#ifndef REFUSED_LATER
+#define REFUSED_LATER 0
 #endif
 
 /* values of the word SLEEPING */
@@ -41,7 +45,8 @@
 #define WORD 0
 #define SLEEPING 1
 #define OTHER 2
-#define WORDS 3
+#define MARK 3 /* ends a nap when it comes out of a buffer */
+#define WORDS 4
 
 #define WAITER 0
 #define RINGER 1
@@ -102,6 +107,20 @@ inline membarrier() {
 #endif
 }
 
+/* What is in the buffers reaches memory, whatever comes behind it meanwhile. */
+inline nap() {
+#ifndef NO_NAP
+    atomic {
+        nfull(buffers[RINGER]) && nfull(buffers[STRANGER]) ->
+        buffers[RINGER]!MARK, 0;
+        buffers[STRANGER]!MARK, 0
+    };
+    !buffers[RINGER]??[MARK, _] && !buffers[STRANGER]??[MARK, _]
+#else
+    skip
+#endif
+}
+
 init {
     memory[SLEEPING] = AWAKE;
     atomic { run drain(); run ringer(); run stranger(); run waiter() }
@@ -149,10 +168,16 @@ proctype waiter() {
         rung = bell;
 #endif
         store(WAITER, SLEEPING, awake | ASLEEP);
-#if defined(REFUSED_LATER)
-        awake = FENCE_YOURSELF;
-        store(WAITER, SLEEPING, awake | ASLEEP);
-        fence(WAITER);
+#if REFUSED_LATER
+        if
+        :: awake == 0 -> membarrier()
+        :: awake == 0 ->
+            awake = FENCE_YOURSELF;
+            store(WAITER, SLEEPING, awake | ASLEEP);
+            fence(WAITER);
+            nap()
+        :: else -> fence(WAITER)
+        fi;
 #elif !defined(NO_WAITER_FENCE) && SLEEPER_MEMBARRIER
         membarrier();
 #elif !defined(NO_WAITER_FENCE)

@@ -1,43 +1,53 @@
-/* The send/receive ring of csrc/ring.h: publish, batched release, cached tail, lines and blocks, wrap.
+/* The send/receive ring of csrc/ring.h: publishing, releasing in batches, the cached tail, wrap.
  *
- * The producer sends MESSAGES positions; each uses its line, and its block too or not, as chance will. The consumer
- * checks that it reads what was published for that position, word by word, and a producer or consumer that can never
- * go on is an invalid end state: a stranded ring.
+ * The producer sends MESSAGES positions; each uses its line, and a piece of the data area or not, as chance will. The
+ * consumer checks that it reads what was published for that position, line and piece, and a producer or consumer that
+ * can never go on is an invalid end state: a stranded ring.
  *
- * Memory is weaker than that of x86: a process's stores wait in a pool and reach memory in any order, except that
+ * Memory is weaker than that of x86: the producer's stores wait in a pool and reach memory in any order, except that
  * stores to one word keep theirs, and a release store waits for all that are older. Loads happen in program order
- * (acquire).
+ * (acquire), and the consumer's store of its tail after its loads (release).
  *
- * Bounds: positions are counted modulo POSITIONS = 2 * LINES, so that head, tail and sequences wrap several times.
- * Mutants (all must fail): TAIL_BEFORE_COPY, SEQUENCE_RELAXED, SEQUENCE_UNCHECKED, CAPACITY_TOO_LARGE,
- * BLOCKS_AS_MANY_AS_LINES, BATCH_TOO_LATE.
+ * All pieces are one cell, a quarter of the area at most, so that nothing is passed over at its end: pieces of other
+ * lengths are in pieces.pml, where memory is in order.
+ *
+ * Bounds: LINES, LIMIT cells, MESSAGES. Positions are counted modulo 2 * LINES and cells modulo 2 * LIMIT, so that head,
+ * tail, sequences and counts of data wrap several times.
+ * Mutants (all must fail): TAIL_BEFORE_COPY, SEQUENCE_RELAXED, SEQUENCE_UNCHECKED, CAPACITY_TOO_LARGE, DATA_UNCOUNTED
+ * (room is a matter of lines only), HAND_BACK_IGNORED (the consumer releases by halves of the lines only),
+ * RELEASE_TOO_LATE (it keeps back more than it may).
  */
 #ifndef LINES
 #define LINES 4
 #endif
-#ifndef BLOCKS
-#define BLOCKS 2
+#ifndef LIMIT
+#define LIMIT 4
 #endif
 #ifndef MESSAGES
 #define MESSAGES 10
 #endif
 #define POSITIONS (2 * LINES)
+#define COUNTS (2 * LIMIT)
 
 /* words of memory */
 #define SEQUENCE(position) ((position) % LINES)
 #define CONTENT(position) (LINES + (position) % LINES)
-#define BLOCK(position) (2 * LINES + (position) % BLOCKS)
-#define TAIL (2 * LINES + BLOCKS)
-#define WORDS (TAIL + 1)
+#define CELL(place) (2 * LINES + (place))
+#define WORDS (2 * LINES + LIMIT)
 
-/* A message's content and block hold its number + 1; content says besides whether there is a block. */
-#define PLAIN 32
+/* A cell holds the number of its message + 1. The content of a line holds that, too, and where the piece is. */
+#define NUMBER(content) ((content) % 32)
+#define PLACE(content) ((content) / 32 % 16)
+#define PIECE 512
+#define HAND_BACK 1024
 
-byte memory[WORDS];
+short memory[WORDS];
+byte tail_word; /* the consumer's one store */
 
-/* The producer's stores that are not in memory yet, oldest first. The consumer stores only its tail. */
+/* The producer's stores that are not in memory yet, oldest first. */
 #define POOL 3
-byte pool_word[POOL], pool_value[POOL], pooled;
+byte pool_word[POOL], pooled;
+short pool_value[POOL];
 bool pool_release[POOL];
 
 inline store(word, value, release) {
@@ -81,57 +91,83 @@ end:
     od
 }
 
-#define DISTANCE(head, tail) (((head) + POSITIONS - (tail)) % POSITIONS)
-
+#define DISTANCE(from, to, modulus) (((to) + (modulus) - (from)) % (modulus))
+#define UNRELEASED DISTANCE(cached_tail, head, POSITIONS)
 #ifdef CAPACITY_TOO_LARGE
-#define HAS_ROOM(capacity) (DISTANCE(head, cached_tail) <= (capacity))
+#define HAS_LINE (UNRELEASED <= LINES)
 #else
-#define HAS_ROOM(capacity) (DISTANCE(head, cached_tail) < (capacity))
+#define HAS_LINE (UNRELEASED < LINES)
 #endif
-#ifdef BLOCKS_AS_MANY_AS_LINES
-#define BLOCK_CAPACITY LINES
+#ifdef DATA_UNCOUNTED
+#define HAS_PIECE true
 #else
-#define BLOCK_CAPACITY BLOCKS
+#define HAS_PIECE (DISTANCE(data_tail, taken + 1, COUNTS) <= LIMIT)
 #endif
 
 active proctype producer() {
-    byte sent = 0, head = 0, cached_tail = 0, capacity;
-    bool with_block;
+    byte sent, head, cached_tail, offset, place, taken, data_tail, asked;
+    byte ends[LINES];
+    short content;
+    bool with_piece;
     do
     :: sent == MESSAGES -> break
     :: else ->
         if
-        :: with_block = false; capacity = LINES
-        :: with_block = true; capacity = BLOCK_CAPACITY
+        :: with_piece = false
+        :: with_piece = true
         fi;
-        /* has_room, again and again; the tail is looked up only when the cached one leaves no room */
+        /* has_line or has_piece, again and again; the tail is read only when the cached one leaves no room */
         do
-        :: HAS_ROOM(capacity) -> break
-        :: else -> atomic { memory[TAIL] != cached_tail -> cached_tail = memory[TAIL] }
+        :: HAS_LINE && (!with_piece || HAS_PIECE) -> break
+        :: else -> atomic {
+            tail_word != cached_tail ->
+            cached_tail = tail_word;
+            data_tail = ends[(cached_tail + LINES - 1) % LINES]
+        }
         od;
+        content = sent + 1;
         if
-        :: with_block -> store(BLOCK(head), sent + 1, false)
+        :: with_piece -> atomic {
+            place = (offset == LIMIT -> 0 : offset);
+            taken = (taken + 1) % COUNTS;
+            offset = place + 1;
+            content = content + PIECE + place * 32;
+            if
+            :: DISTANCE(asked, taken, COUNTS) * 4 >= LIMIT -> content = content + HAND_BACK; asked = taken
+            :: else -> skip
+            fi
+        };
+            store(CELL(place), sent + 1, false)
         :: else -> skip
         fi;
-        store(CONTENT(head), sent + 1 + (with_block -> 0 : PLAIN), false);
+        store(CONTENT(head), content, false);
+        ends[head % LINES] = taken;
 #ifdef SEQUENCE_RELAXED
         store(SEQUENCE(head), (head + 1) % POSITIONS, false);
 #else
         store(SEQUENCE(head), (head + 1) % POSITIONS, true);
 #endif
-        head = (head + 1) % POSITIONS;
-        sent++
+        atomic {
+            head = (head + 1) % POSITIONS;
+            sent++;
+            content = 0;
+            place = 0
+        }
     od
 }
 
-#ifdef BATCH_TOO_LATE
-#define RELEASE_DUE (DISTANCE(tail, released) > BLOCKS)
+#define KEPT_BACK DISTANCE(released, tail, POSITIONS)
+#ifdef RELEASE_TOO_LATE
+#define RELEASE_DUE (KEPT_BACK > LINES)
+#elif defined(HAND_BACK_IGNORED)
+#define RELEASE_DUE (KEPT_BACK * 2 >= LINES)
 #else
-#define RELEASE_DUE (DISTANCE(tail, released) * 2 >= BLOCKS)
+#define RELEASE_DUE (content >= HAND_BACK || KEPT_BACK * 2 >= LINES)
 #endif
 
 active proctype consumer() {
-    byte got = 0, tail = 0, released = 0, content, payload;
+    byte got, tail, released;
+    short content;
     do
     :: got == MESSAGES -> break
     :: else ->
@@ -141,19 +177,22 @@ active proctype consumer() {
         memory[SEQUENCE(tail)] != 0;
 #endif
 #ifdef TAIL_BEFORE_COPY
-        memory[TAIL] = (tail + 1) % POSITIONS;
+        tail_word = (tail + 1) % POSITIONS;
 #endif
         content = memory[CONTENT(tail)];
-        payload = memory[BLOCK(tail)];
-        assert(content % PLAIN == got + 1);
-        assert(content >= PLAIN || payload == got + 1);
-        content = 0;
-        payload = 0;
-        tail = (tail + 1) % POSITIONS;
-        got++;
+        assert(NUMBER(content) == got + 1);
         if
-        :: RELEASE_DUE -> memory[TAIL] = tail; released = tail
+        :: content >= PIECE -> assert(memory[CELL(PLACE(content))] == got + 1)
         :: else -> skip
-        fi
+        fi;
+        atomic {
+            tail = (tail + 1) % POSITIONS;
+            got++
+        }
+        if
+        :: RELEASE_DUE -> tail_word = tail; released = tail
+        :: else -> skip
+        fi;
+        content = 0
     od
 }

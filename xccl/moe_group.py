@@ -1,4 +1,4 @@
-"""What the arrays of MoE operations must look like, and the messages when they do not."""
+"""What groups of ranks that move rows of MoE share: whether they can be used, and checks of arrays."""
 
 from __future__ import annotations
 
@@ -19,13 +19,28 @@ _FLOAT32 = np.dtype(np.float32)
 _POINTER, _INT64_POINTER, _FLOAT_POINTER = (ffi.typeof(name) for name in ("void *", "int64_t *", "float *"))
 
 
-class RowArguments:
-    """Checks the arrays given to operations on rows. Nothing is copied: what does not fit raises XcclUsageError."""
+class MoeGroup:
+    """An open group as the C core knows it. Errors name operation and rank."""
 
     comm: Communicator
     hidden: int
     num_topk: int
     dtype: np.dtype[Any]
+    _c: Any  # None, or nothing, once closed
+    _failure: str
+
+    def _group(self, operation: str) -> Any:
+        """The C group; raises if it cannot be used any more."""
+        self.comm._handle()
+        if not self._c:
+            raise self._error(operation, f"this {type(self).__name__} is closed")
+        if self._failure:
+            raise self._error(operation, f"unusable since {self._failure}: make a new one on all ranks")
+        return self._c
+
+    def _fail(self, operation: str, error: BaseException) -> None:
+        """A peer may wait for what this rank did not finish: no later operation can be trusted."""
+        self._failure = f"{operation} failed halfway ({type(error).__name__})"
 
     def _error(self, operation: str, text: str) -> XcclUsageError:
         return XcclUsageError(f"{operation} on rank {self.comm.rank}: {text}")
@@ -37,7 +52,7 @@ class RowArguments:
         address = (writable if write else readable)(a, name, f"{operation} on rank {self.comm.rank}")
         expected = dtype or self.dtype
         if a.ndim != 2 or a.shape[1] != self.hidden or a.dtype != expected:
-            raise self._error(operation, f"{name} is {_kind(a)}, expected {expected} [rows, {self.hidden}]")
+            raise self._error(operation, f"{name} is {kind_of(a)}, expected {expected} [rows, {self.hidden}]")
         return address
 
     def _slots(self, operation: str, name: str, a: Array, num_tokens: int, dtype: np.dtype[Any]) -> Any:
@@ -45,11 +60,8 @@ class RowArguments:
         address = readable(a, name, f"{operation} on rank {self.comm.rank}")
         if a.shape != (num_tokens, self.num_topk) or a.dtype != dtype:
             expected = f"{dtype} [{num_tokens}, {self.num_topk}]"
-            raise self._error(operation, f"{name} is {_kind(a)}, expected {expected} [num_tokens, num_topk]")
+            raise self._error(operation, f"{name} is {kind_of(a)}, expected {expected} [num_tokens, num_topk]")
         return ffi.cast(_INT64_POINTER if dtype == _INT64 else _FLOAT_POINTER, address)
-
-    def _experts(self, operation: str, a: Array, num_tokens: int) -> Any:
-        return self._slots(operation, "topk_idx", a, num_tokens, _INT64)
 
     def _weights(self, operation: str, a: Array | None, num_tokens: int) -> Any:
         if a is None:
@@ -61,7 +73,7 @@ class RowArguments:
         if not isinstance(y, np.ndarray):
             raise self._error(operation, f"y must be a NumPy array, got {type(y).__name__}")
         if y.shape != (num_recv, self.hidden) or y.dtype != self.dtype:
-            raise self._error(operation, f"y is {_kind(y)}, expected {self.dtype} [{num_recv}, {self.hidden}]")
+            raise self._error(operation, f"y is {kind_of(y)}, expected {self.dtype} [{num_recv}, {self.hidden}]")
         contiguous = y.strides[1] == y.itemsize or self.hidden == 1
         ascending = y.strides[0] >= self.hidden * y.itemsize or num_recv == 1
         if num_recv > 0 and not (contiguous and ascending):
@@ -72,7 +84,7 @@ class RowArguments:
             )
 
 
-def start_of_rows(y: Array) -> tuple[Any, int]:
+def start_of(y: Array) -> tuple[Any, int]:
     """Pointer to the first row, and bytes from row to row, also where rows are apart."""
     stride = y.strides[0] if y.shape[0] > 1 else y.nbytes
     if y.flags.c_contiguous:
@@ -85,5 +97,6 @@ def time_left(timeout: float | None, started: float) -> float | None:
     return None if timeout is None else max(0.0, timeout - (time.monotonic() - started))
 
 
-def _kind(a: Array) -> str:
+def kind_of(a: Array) -> str:
+    """An array in words: dtype and shape."""
     return f"{a.dtype} {list(a.shape)}"
