@@ -42,7 +42,7 @@ class MoeCase(Case):
     combines = False
 
     def roles(self) -> tuple[int, int]:
-        """How many ranks have tokens, how many experts. Sets `source_index` and `owner_index`: which of them this is."""
+        """How many ranks have tokens, and how many experts; sets `source_index`, `owner_index`: which this one is."""
         self.source_index: int | None = self.comm.rank
         self.owner_index: int | None = self.comm.rank
         return self.comm.size, self.comm.size
