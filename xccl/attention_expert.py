@@ -15,7 +15,7 @@ from xccl._binding import check, ffi, lib, timeout_ns, writable
 from xccl.attention_config import PATHS, Path, make_roles
 from xccl.communicator import Communicator
 from xccl.moe_config import BufferBytes, Quant, row_dtype
-from xccl.moe_group import MoeGroup, start_of, time_left
+from xccl.moe_group import INT8, MoeGroup, start_of, time_left
 from xccl.moe_handle import A2EHandle, Hook
 from xccl.row_pool import RowPool
 
@@ -23,8 +23,8 @@ Array = np.ndarray[Any, Any]
 Rows = tuple[Array, A2EHandle]
 RawRows = tuple[tuple[NDArray[np.int8], NDArray[np.float32]], A2EHandle]  # with dequantize=False
 
-_INT8, _INT64 = np.dtype(np.int8), np.dtype(np.int64)
-_INT32S, _FLOATS = ffi.typeof("int32_t[]"), ffi.typeof("float[]")
+_INT64 = np.dtype(np.int64)
+_INT32S = ffi.typeof("int32_t[]")
 _PATH_NAMES: dict[int, Path] = {number: name for name, number in PATHS.items()}
 
 
@@ -332,7 +332,7 @@ class AttentionExpert(MoeGroup):
         if not dequantize and self.quant is None:
             raise self._error("a2e_recv", "dequantize=False needs quant='int8'")
         if out is not None:
-            self._rows("a2e_recv", "out", out, self.dtype if dequantize else _INT8, write=True)
+            self._rows("a2e_recv", "out", out, self.dtype if dequantize else INT8, write=True)
         number = self._next_domain if domain is None else domain
         if not isinstance(number, (int, np.integer)) or not 0 <= number < len(self._c):
             raise self._error("a2e_recv", f"domain is {domain!r}, expected 0 to {len(self._c) - 1}")
@@ -353,28 +353,10 @@ class AttentionExpert(MoeGroup):
             )
         )
         n = self._num_recv[0]
-        if out is None:
-            pool = self._pools[handle.domain]
-            recv_x = pool.empty((n, self.hidden), self.dtype if dequantize else _INT8)
-        elif out.shape[0] >= n:
-            recv_x = out[:n]
-        else:
-            raise self._error("a2e_recv", f"out has {out.shape[0]} rows, this rank received {n}")
-        scales = None if dequantize else np.empty(n, np.float32)
-        sources = np.empty((2, n), np.int32)
-        src_rank = ffi.from_buffer(_INT32S, sources)
-        check(
-            lib.xccl_ae_recv_pull(
-                domain,
-                handle._batch,
-                writable(recv_x, "recv_x", "a2e_recv"),
-                ffi.NULL if scales is None else ffi.from_buffer(_FLOATS, scales),
-                src_rank,
-                src_rank + n,
-            )
-        )
-        handle.num_recv, handle.num_recv_tokens_per_expert, handle._sources = n, counts, sources
-        return (recv_x, handle) if scales is None else ((recv_x, scales), handle)
+        room = self._room("a2e_recv", n, out, dequantize, self._pools[handle.domain])
+        check(lib.xccl_ae_recv_pull(domain, handle._batch, *room.pointers("a2e_recv")))
+        handle.num_recv, handle.num_recv_tokens_per_expert, handle._sources = n, counts, room.sources
+        return room.rows(), handle
 
     # ---- expert ranks: send ----
 

@@ -12,10 +12,10 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from xccl._binding import array_address, check, ffi, lib, timeout_ns, writable
 from xccl.communicator import Communicator
-from xccl.errors import XcclMissingExperts
+from xccl.errors import XcclMissingExperts, XcclUsageError
 from xccl.moe_alive import LiveExperts
 from xccl.moe_config import BufferBytes, OnMissing, Quant, make_config, on_missing_code, row_dtype
-from xccl.moe_group import start_of, time_left
+from xccl.moe_group import INT8, start_of, time_left
 from xccl.moe_handle import Handle, Hook
 from xccl.row_pool import RowPool
 
@@ -23,10 +23,9 @@ Array = np.ndarray[Any, Any]
 Rows = tuple[Array, Handle]
 RawRows = tuple[tuple[NDArray[np.int8], NDArray[np.float32]], Handle]  # with dequantize=False
 
-_INT8 = np.dtype(np.int8)
 _INT64 = np.dtype(np.int64)
 
-_INT32S, _FLOATS = ffi.typeof("int32_t[]"), ffi.typeof("float[]")
+_INT32S = ffi.typeof("int32_t[]")
 
 
 class ExpertParallel(LiveExperts):
@@ -266,7 +265,7 @@ class ExpertParallel(LiveExperts):
         slots = self._slots("dispatch", "topk_idx", topk_idx, num_tokens, _INT64)
         weights = self._weights("dispatch", topk_weights, num_tokens)
         if out is not None:
-            self._rows("dispatch", "out", out, self.dtype if dequantize else _INT8, write=True)
+            self._rows("dispatch", "out", out, self.dtype if dequantize else INT8, write=True)
         new = self._new_handle
         check(lib.xccl_moe_dispatch_send(group, rows, num_tokens, slots, weights, timeout_ns(timeout), new))
         result = Handle(self, ffi.gc(new[0], lib.xccl_moe_handle_free), num_tokens)
@@ -282,30 +281,15 @@ class ExpertParallel(LiveExperts):
             )
         )
         n = self._num_recv[0]
-        if out is None:
-            recv_x = self._pool.empty((n, self.hidden), self.dtype if dequantize else _INT8)
-        elif out.shape[0] >= n:
-            recv_x = out[:n]
-        else:
-            error = self._error("dispatch", f"out has {out.shape[0]} rows, this rank received {n}")
+        try:
+            room = self._room("dispatch", n, out, dequantize, self._pool)
+        except XcclUsageError as error:
             self._fail("dispatch", error)
-            raise error
-        scales = None if dequantize else np.empty(n, np.float32)
-        sources = np.empty((2, n), np.int32)
-        src_rank = ffi.from_buffer(_INT32S, sources)
-        check(
-            lib.xccl_moe_dispatch_pull(
-                group,
-                handle._c,
-                writable(recv_x, "recv_x", "dispatch"),
-                ffi.NULL if scales is None else ffi.from_buffer(_FLOATS, scales),
-                src_rank,
-                src_rank + n,
-            )
-        )
-        handle.num_recv, handle.num_recv_tokens_per_expert, handle._sources = n, counts, sources
+            raise
+        check(lib.xccl_moe_dispatch_pull(group, handle._c, *room.pointers("dispatch")))
+        handle.num_recv, handle.num_recv_tokens_per_expert, handle._sources = n, counts, room.sources
         del self._in_flight[handle]
-        return (recv_x, handle) if scales is None else ((recv_x, scales), handle)
+        return room.rows(), handle
 
     # ---- combine ----
 

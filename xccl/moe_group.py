@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xccl._binding import array_address, ffi, readable, writable
 from xccl.communicator import Communicator
 from xccl.errors import XcclUsageError
+from xccl.row_pool import RowPool
 
 Array = np.ndarray[Any, Any]
 
+INT8 = np.dtype(np.int8)
 _INT64 = np.dtype(np.int64)
 _FLOAT32 = np.dtype(np.float32)
 
 _POINTER, _INT64_POINTER, _FLOAT_POINTER = (ffi.typeof(name) for name in ("void *", "int64_t *", "float *"))
+_INT32S, _FLOATS = ffi.typeof("int32_t[]"), ffi.typeof("float[]")
 
 
 class MoeGroup:
@@ -68,6 +73,16 @@ class MoeGroup:
             return ffi.NULL
         return self._slots(operation, "topk_weights", a, num_tokens, _FLOAT32)
 
+    def _room(self, operation: str, num_rows: int, out: Array | None, dequantize: bool, pool: RowPool) -> Arrival:
+        """Where received rows go: the beginning of `out`, or rows of the pool."""
+        if out is None:
+            x = pool.empty((num_rows, self.hidden), self.dtype if dequantize else INT8)
+        elif out.shape[0] >= num_rows:
+            x = out[:num_rows]
+        else:
+            raise self._error(operation, f"out has {out.shape[0]} rows, this rank received {num_rows}")
+        return Arrival(x, None if dequantize else np.empty(num_rows, np.float32), np.empty((2, num_rows), np.int32))
+
     def _outputs(self, operation: str, y: Array, num_recv: int) -> None:
         """y may have distant rows, but each must be contiguous."""
         if not isinstance(y, np.ndarray):
@@ -82,6 +97,25 @@ class MoeGroup:
                 f"rows of y must be contiguous and ascending, got strides {y.strides}: pass "
                 "numpy.ascontiguousarray(...) of it (nothing is copied silently)",
             )
+
+
+@dataclass
+class Arrival:
+    """Where received rows go, as the C core takes it, and what the caller gets of them."""
+
+    x: Array
+    scales: NDArray[np.float32] | None
+    sources: NDArray[np.int32]  # [2, num_rows]: rank, token
+
+    def pointers(self, operation: str) -> tuple[Any, Any, Any, Any]:
+        """Of x, scales, source ranks, source tokens."""
+        src_rank = ffi.from_buffer(_INT32S, self.sources)
+        scales = ffi.NULL if self.scales is None else ffi.from_buffer(_FLOATS, self.scales)
+        return writable(self.x, "out", operation), scales, src_rank, src_rank + self.sources.shape[1]
+
+    def rows(self) -> Any:
+        """The rows, or int8 rows and their scales."""
+        return self.x if self.scales is None else (self.x, self.scales)
 
 
 def start_of(y: Array) -> tuple[Any, int]:
