@@ -24,6 +24,8 @@
 #include "comm.h"
 #include "gas.h"
 #include "kernel.h"
+#include "moe_open.h"
+#include "moe_pull.h"
 #include "racecheck.h"
 
 enum { XCCL_MOE_PARITIES = 2, XCCL_MOE_POOL_BUFFERS = 2 };
@@ -55,13 +57,11 @@ typedef struct xccl_moe_layout_t {
 /* USAGE for a bad configuration or one whose sizes leave 62 bits. */
 int xccl_moe_layout(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner, xccl_moe_layout_t *out);
 
-/* One row that a destination has to place: a token that chose one of its experts. A source's entries are in the
- * order of (token, slot), so its rows for an expert are placed in the order in which they are found here. */
-typedef struct xccl_moe_entry_t {
-    uint32_t token; /* also the index of its staged row and scale */
-    uint32_t local_expert;
-} xccl_moe_entry_t;
-_Static_assert(sizeof(xccl_moe_entry_t) == 8, "an entry is read by peers");
+/* USAGE naming `who` for a number out of range, or an owner that is none of the ranks. */
+int xccl_moe_check_config(const char *who, const xccl_moe_config_t *config, int num_ranks, const int32_t *owner);
+
+/* The highest count of experts at one owner. */
+uint64_t xccl_moe_most_experts(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner);
 
 static inline uint64_t xccl_moe_lines(uint64_t bytes) {
     return (bytes + XCCL_LINE - 1) / XCCL_LINE * XCCL_LINE;
@@ -73,13 +73,6 @@ typedef struct xccl_moe_dest_t {
     uint64_t offset;        /* of its entries in the own window */
     xccl_moe_entry_t *next; /* where the next one goes */
 } xccl_moe_dest_t;
-
-/* The entries that came with a dispatch, copied and checked before anything depends on them. */
-typedef struct xccl_moe_arrived_t {
-    uint64_t *first; /* [R + 1] where those of each source begin */
-    xccl_moe_entry_t *entries;
-    uint64_t room; /* entries that there is memory for */
-} xccl_moe_arrived_t;
 
 /* Where combine finds the outputs of one member. */
 typedef struct xccl_moe_outputs_t {
@@ -123,7 +116,7 @@ struct xccl_moe_t {
     xccl_moe_config_t config;
     xccl_moe_layout_t layout;
     const xccl_kernel_t *kernel;
-    uint64_t metadata, staging, pool; /* offsets of the blocks in every window */
+    xccl_moe_blocks_t blocks;
     uint64_t cached_bytes;   /* of received rows that are written through the caches, unless all go past them */
     bool streams;            /* what the last dispatch did with its rows: stages follow it */
     float store_cost[64][2]; /* ns a byte by log2 of the bytes; through the caches, past them; 0 unknown */
@@ -140,13 +133,12 @@ struct xccl_moe_t {
     int32_t *local_index;     /* [num_experts] index among its owner's experts */
     uint64_t *num_experts_of; /* [R] */
 
+    xccl_moe_puller_t puller;
     xccl_moe_arrived_t arrived[XCCL_MOE_PARITIES]; /* of the dispatches that are being received */
 
     xccl_moe_dest_t *dest;       /* [R] scratch of the send half */
     uint32_t *expert_count;      /* [num_experts] scratch of the send half */
     int8_t *quantized;           /* [hidden] scratch of the send half */
-    uint64_t *cursor;            /* [num_local_experts] scratch of pull: next row of an expert */
-    unsigned char **places;      /* [num_topk] scratch of pull: where one token goes */
     xccl_moe_outputs_t *outputs; /* [R] scratch of combine */
     const void **terms;          /* [num_topk] scratch of combine */
     float *term_weights;         /* [num_topk] */
@@ -163,7 +155,7 @@ static inline int32_t xccl_moe_missed(int32_t expert) {
 
 /* Where a member's peer writes its line of an array of the metadata block. */
 static inline uint64_t xccl_moe_line_of(const xccl_moe_t *moe, uint64_t array, int peer) {
-    return moe->metadata + array + (uint64_t)peer * XCCL_LINE;
+    return moe->blocks.metadata + array + (uint64_t)peer * XCCL_LINE;
 }
 
 /* The own line that `peer` writes. */

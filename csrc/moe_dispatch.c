@@ -122,7 +122,7 @@ static int stage_dispatch(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void
                           int64_t deadline) {
     uint64_t epoch = handle->dispatch_epoch;
     int parity = xccl_moe_parity(epoch);
-    uint64_t stage = moe->staging + moe->layout.dispatch_stage[parity];
+    uint64_t stage = moe->blocks.staging + moe->layout.dispatch_stage[parity];
     int status = count_slots(moe, handle, topk_idx);
     if (status != XCCL_OK)
         return status;

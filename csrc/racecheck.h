@@ -44,7 +44,9 @@ typedef enum xccl_race_slot_t {
     XCCL_RACE_SYNC, /* xccl_comm_sync */
     XCCL_RACE_COLL,
     XCCL_RACE_DISPATCH,
-    XCCL_RACE_COMBINE
+    XCCL_RACE_COMBINE,
+    XCCL_RACE_A2E,
+    XCCL_RACE_E2A
 } xccl_race_slot_t;
 
 enum { XCCL_RACE_ALL = -1 }; /* instead of one rank: every rank */

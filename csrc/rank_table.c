@@ -34,6 +34,11 @@ static const char *const OPERATIONS[XCCL_OP_COUNT] = {
     [XCCL_OP_EP_OPEN] = "ExpertParallel",
     [XCCL_OP_EP_ALIVE] = "set_alive",
     [XCCL_OP_SHRINK] = "shrink",
+    [XCCL_OP_AE_OPEN] = "AttentionExpert",
+    [XCCL_OP_A2E] = "a2e",
+    [XCCL_OP_A2E_RECV] = "a2e_recv",
+    [XCCL_OP_E2A_SEND] = "e2a_send",
+    [XCCL_OP_E2A] = "e2a",
 };
 
 const char *xccl_op_name(int op) {

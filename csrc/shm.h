@@ -46,6 +46,11 @@ typedef enum xccl_op_t {
     XCCL_OP_EP_OPEN,
     XCCL_OP_EP_ALIVE,
     XCCL_OP_SHRINK,
+    XCCL_OP_AE_OPEN,
+    XCCL_OP_A2E,
+    XCCL_OP_A2E_RECV,
+    XCCL_OP_E2A_SEND,
+    XCCL_OP_E2A,
     XCCL_OP_COUNT
 } xccl_op_t;
 

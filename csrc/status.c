@@ -60,6 +60,7 @@ int xccl_fail_lost(int rank, const xccl_rank_info_t *info, const char *format, .
     va_start(args, format);
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
+    append_seed();
     about = rank;
     about_lost = *info;
     return XCCL_ERR_PEER_LOST;
@@ -87,6 +88,15 @@ int xccl_failure_again(const xccl_failure_t *failure, int status) {
 
 void xccl_error_lost(xccl_rank_info_t *out) {
     *out = about_lost;
+}
+
+int xccl_fail_damaged(const char *operation, int rank, int peer, const char *field, uint64_t got, uint64_t least,
+                      uint64_t most) {
+    return xccl_fail(XCCL_ERR_SYSTEM,
+                     "%s on rank %d: damaged shared memory: %s from rank %d is %llu, expected %llu to %llu; a store of "
+                     "some rank went astray: AddressSanitizer or a debugger's watchpoint may show whose",
+                     operation, rank, field, peer, (unsigned long long)got, (unsigned long long)least,
+                     (unsigned long long)most);
 }
 
 int xccl_fail_errno(int error, const char *format, ...) {

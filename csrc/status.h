@@ -27,6 +27,9 @@ int xccl_fail_about(int status, int rank, const char *format, ...) __attribute__
 /* Fails with PEER_LOST about `rank`, and keeps `info` for xccl_error_lost. */
 int xccl_fail_lost(int rank, const xccl_rank_info_t *info, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+/* Fails with SYSTEM: `field`, which `peer` wrote, cannot be true. */
+int xccl_fail_damaged(const char *operation, int rank, int peer, const char *field, uint64_t got, uint64_t least,
+                      uint64_t most);
 
 /* As xccl_fail with ": <strerror(error)>" appended and status XCCL_ERR_SYSTEM. */
 int xccl_fail_errno(int error, const char *format, ...) __attribute__((format(printf, 2, 3)));

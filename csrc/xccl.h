@@ -3,7 +3,7 @@
  * xccl gives the processes ("ranks") of one machine a global address space in POSIX shared memory, with
  * one-sided put, get and signal; on it send/receive, collectives and MoE dispatch/combine.
  *
- *     moe          xccl_moe_*                 dispatch, combine
+ *     moe          xccl_moe_*, xccl_ae_*      dispatch, combine; A2E, E2A
  *     p2p, coll    xccl_p2p_*, xccl_coll_*    send/receive; collectives
  *     gas          xccl_gas_*, xccl_heap_*    symmetric heap, put/get/signal/atomics
  *     shm          xccl_shm_*                 segment, rank table, wait/wake, liveness
@@ -128,7 +128,8 @@ typedef struct xccl_rank_info_t {
     int32_t waits_for;   /* world rank that it waits for first, -1: none */
     int64_t moved_ns;    /* when operation or phase last changed, CLOCK_MONOTONIC */
     char cause[32];      /* of a dead rank's end: "killed by SIGKILL"; empty: not known */
-    int32_t reads_peers; /* 1: it reads the ordinary memory of its peers through the kernel: one copy for large messages */
+    int32_t
+        reads_peers; /* 1: it reads the ordinary memory of its peers through the kernel: one copy for large messages */
 } xccl_rank_info_t;
 
 /* What a world is, for tools. */
@@ -586,6 +587,81 @@ void xccl_moe_missing(const xccl_moe_handle_t *handle, float *out_weight, int32_
 
 /* Frees a handle, NULL too; not while its dispatch or combine is in flight. The group may be closed already. */
 void xccl_moe_handle_free(xccl_moe_handle_t *handle);
+
+/* ---- moe: attention and experts on separate ranks ------------------------------------------------------- */
+
+/* The way of tokens from attention ranks to expert ranks (A2E) and of outputs back (E2A).
+ * DIRECT: every attention rank tells every expert rank, and sums the outputs itself. TRAMPOLINE: each attention rank
+ * has one of the first expert ranks as its trampoline, writes its tokens there and tells only that one; the trampoline
+ * tells the others, and sums. Both give the same bits. AUTO: TRAMPOLINE if there are fewer attention ranks than expert
+ * ranks. */
+typedef enum xccl_path_t { XCCL_PATH_AUTO = 0, XCCL_PATH_DIRECT = 1, XCCL_PATH_TRAMPOLINE = 2 } xccl_path_t;
+
+/* One domain: attention ranks that send together, and the expert ranks. It belongs to one thread. Each attention rank
+ * calls a2e, then e2a; each expert rank the others, for the same micro-batches:
+ *
+ *     attention ranks    a2e ------------------------------------------------------> e2a
+ *     expert ranks       recv_begin -> recv_wait -> recv_pull -> send_begin -> send_finish
+ *
+ * Two micro-batches may be in flight, and complete in any order. Ranks without tokens, or rows, take part with none.
+ * Every step that fails with TIMEOUT or INTERRUPTED may be called again. */
+typedef struct xccl_ae_t xccl_ae_t;
+
+/* Equal on all members, except layer.simd. */
+typedef struct xccl_ae_config_t {
+    xccl_moe_config_t layer; /* num_max_tokens is that of an attention rank */
+    xccl_path_t path;
+    int32_t num_attention_ranks;
+    int32_t num_expert_ranks;
+    int32_t first_trampoline; /* index of the expert rank that is the first: others for other domains */
+} xccl_ae_config_t;
+
+/* What xccl_ae_open will take with these arguments. owner[expert] is the index of its expert rank. Local. */
+int xccl_ae_bytes(const xccl_ae_config_t *config, const int32_t *owner, xccl_moe_bytes_t *out);
+
+/* Opens a domain. attention_ranks and expert_ranks are members of `comm`, each ascending, none in both; members in
+ * neither take part in opening and closing only. Collective over `comm`. */
+int xccl_ae_open(xccl_comm_t *comm, const xccl_ae_config_t *config, const int32_t *attention_ranks,
+                 const int32_t *expert_ranks, const int32_t *owner, int64_t timeout_ns, xccl_ae_t **out);
+
+/* As xccl_moe_close. USAGE while a micro-batch is in flight here. Collective. */
+int xccl_ae_close(xccl_ae_t *ae, int keep_pool, int64_t timeout_ns);
+
+/* As xccl_moe_discard and xccl_moe_pool. */
+void xccl_ae_discard(xccl_ae_t *ae);
+void xccl_ae_pool(const xccl_ae_t *ae, uint64_t *out_offset, uint64_t *out_bytes);
+
+/* The path that is taken, never AUTO. */
+xccl_path_t xccl_ae_taken_path(const xccl_ae_t *ae);
+
+/* Fields and signals that this rank has written to other ranks so far. */
+uint64_t xccl_ae_updates(const xccl_ae_t *ae);
+
+/* Attention rank: stages and publishes the rows of x [num_tokens, hidden]; arguments as in xccl_moe_dispatch_send.
+ * Does not wait. Gives the number of the micro-batch, from 1. USAGE if two are in flight already. */
+int xccl_ae_a2e(xccl_ae_t *ae, const void *x, int64_t num_tokens, const int64_t *topk_idx, const float *topk_weights,
+                uint64_t *out_batch);
+
+/* Attention rank: waits for the outputs of the micro-batch, and writes the weighted sums to out [num_tokens, hidden].
+ */
+int xccl_ae_e2a(xccl_ae_t *ae, uint64_t batch, void *out, int64_t timeout_ns);
+
+/* Expert rank: begins to receive the next micro-batch. A trampoline whose tokens are there tells the others now. Does
+ * not wait. USAGE if two are in flight already. */
+int xccl_ae_recv_begin(xccl_ae_t *ae, uint64_t *out_batch);
+
+/* As xccl_moe_dispatch_wait and xccl_moe_dispatch_pull; src_rank is a member of the communicator. */
+int xccl_ae_recv_wait(xccl_ae_t *ae, uint64_t batch, int64_t timeout_ns, int64_t *out_num_recv,
+                      int32_t *out_num_recv_per_expert);
+int xccl_ae_recv_pull(xccl_ae_t *ae, uint64_t batch, void *recv_x, float *scales, int32_t *src_rank,
+                      int32_t *src_token);
+
+/* Publishes y [num_recv, hidden] as xccl_moe_combine_send does. Does not wait. */
+int xccl_ae_send_begin(xccl_ae_t *ae, uint64_t batch, const void *y, uint64_t row_stride);
+
+/* A trampoline waits for the outputs of all expert ranks, and sums. Returns when nobody reads y any more, if it is read
+ * in place. */
+int xccl_ae_send_finish(xccl_ae_t *ae, uint64_t batch, int64_t timeout_ns);
 
 /* ---- coll: collectives --------------------------------------------------------------------------------- */
 

@@ -63,8 +63,19 @@ SIGNATURES = {
     "ExpertParallel.set_alive": "mask * timeout",
     "ExpertParallel.expert_map_on": "comm",
     "ExpertParallel.buffer_bytes": "",
+    "AttentionExpert": "comm attention_ranks expert_ranks num_experts hidden num_topk num_max_tokens_per_rank",
+    "AttentionExpert.a2e": "x topk_idx topk_weights",
+    "AttentionExpert.e2a": "* out timeout",
+    "AttentionExpert.a2e_recv": "* domain out dequantize timeout",
+    "AttentionExpert.e2a_send": "y handle * timeout",
+    "AttentionExpert.e2a_async": "",
+    "AttentionExpert.a2e_recv_async": "",
+    "AttentionExpert.e2a_send_async": "y handle",
+    "AttentionExpert.buffer_bytes": "",
     "reference.dispatch": "",
     "reference.combine": "",
+    "reference.a2e": "",
+    "reference.e2a": "",
 }
 
 ERRORS = {

@@ -9,6 +9,7 @@ See https://arxiv.org/abs/2508.02520 for the library that this one is modelled o
 """
 
 from xccl import faults, reference
+from xccl.attention_expert import AttentionExpert
 from xccl.communicator import Communicator, init
 from xccl.errors import (
     Missing,
@@ -26,7 +27,7 @@ from xccl.errors import (
 from xccl.expert_parallel import ExpertParallel
 from xccl.launcher import run
 from xccl.moe_config import BufferBytes
-from xccl.moe_handle import Handle, Hook
+from xccl.moe_handle import A2EHandle, Handle, Hook
 from xccl.options import rc
 from xccl.point_to_point import ANY_SOURCE, ANY_TAG
 from xccl.prepared import Prepared
@@ -38,6 +39,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ANY_SOURCE",
     "ANY_TAG",
+    "A2EHandle",
+    "AttentionExpert",
     "BufferBytes",
     "Communicator",
     "ExpertParallel",

@@ -12,10 +12,10 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from xccl._binding import array_address, check, ffi, lib, timeout_ns, writable
 from xccl.communicator import Communicator
-from xccl.errors import XcclMissingExperts
+from xccl.errors import XcclMissingExperts, XcclUsageError
 from xccl.moe_alive import LiveExperts
 from xccl.moe_config import BufferBytes, OnMissing, Quant, make_config, on_missing_code, row_dtype
-from xccl.moe_group import start_of
+from xccl.moe_group import INT8, start_of, time_left
 from xccl.moe_handle import Handle, Hook
 from xccl.row_pool import RowPool
 
@@ -23,10 +23,9 @@ Array = np.ndarray[Any, Any]
 Rows = tuple[Array, Handle]
 RawRows = tuple[tuple[NDArray[np.int8], NDArray[np.float32]], Handle]  # with dequantize=False
 
-_INT8 = np.dtype(np.int8)
 _INT64 = np.dtype(np.int64)
 
-_INT32S, _FLOATS = ffi.typeof("int32_t[]"), ffi.typeof("float[]")
+_INT32S = ffi.typeof("int32_t[]")
 
 
 class ExpertParallel(LiveExperts):
@@ -201,7 +200,7 @@ class ExpertParallel(LiveExperts):
         started = time.monotonic()
         handle = self._send(x, topk_idx, topk_weights, out, dequantize, timeout)
         try:
-            return self._receive(handle, out, dequantize, _left(timeout, started))
+            return self._receive(handle, out, dequantize, time_left(timeout, started))
         except BaseException as error:
             self._fail("dispatch", error)
             raise
@@ -266,7 +265,7 @@ class ExpertParallel(LiveExperts):
         slots = self._slots("dispatch", "topk_idx", topk_idx, num_tokens, _INT64)
         weights = self._weights("dispatch", topk_weights, num_tokens)
         if out is not None:
-            self._rows("dispatch", "out", out, self.dtype if dequantize else _INT8, write=True)
+            self._rows("dispatch", "out", out, self.dtype if dequantize else INT8, write=True)
         new = self._new_handle
         check(lib.xccl_moe_dispatch_send(group, rows, num_tokens, slots, weights, timeout_ns(timeout), new))
         result = Handle(self, ffi.gc(new[0], lib.xccl_moe_handle_free), num_tokens)
@@ -282,30 +281,15 @@ class ExpertParallel(LiveExperts):
             )
         )
         n = self._num_recv[0]
-        if out is None:
-            recv_x = self._pool.empty((n, self.hidden), self.dtype if dequantize else _INT8)
-        elif out.shape[0] >= n:
-            recv_x = out[:n]
-        else:
-            error = self._error("dispatch", f"out has {out.shape[0]} rows, this rank received {n}")
+        try:
+            room = self._room("dispatch", n, out, dequantize, self._pool)
+        except XcclUsageError as error:
             self._fail("dispatch", error)
-            raise error
-        scales = None if dequantize else np.empty(n, np.float32)
-        sources = np.empty((2, n), np.int32)
-        src_rank = ffi.from_buffer(_INT32S, sources)
-        check(
-            lib.xccl_moe_dispatch_pull(
-                group,
-                handle._c,
-                writable(recv_x, "recv_x", "dispatch"),
-                ffi.NULL if scales is None else ffi.from_buffer(_FLOATS, scales),
-                src_rank,
-                src_rank + n,
-            )
-        )
-        handle.num_recv, handle.num_recv_tokens_per_expert, handle._sources = n, counts, sources
+            raise
+        check(lib.xccl_moe_dispatch_pull(group, handle._c, *room.pointers("dispatch")))
+        handle.num_recv, handle.num_recv_tokens_per_expert, handle._sources = n, counts, room.sources
         del self._in_flight[handle]
-        return (recv_x, handle) if scales is None else ((recv_x, scales), handle)
+        return room.rows(), handle
 
     # ---- combine ----
 
@@ -348,7 +332,7 @@ class ExpertParallel(LiveExperts):
         started = time.monotonic()
         self._publish(y, handle, topk_weights, out, on_missing, timeout)
         try:
-            return self._sum(handle, out, _left(timeout, started))
+            return self._sum(handle, out, time_left(timeout, started))
         except XcclMissingExperts:
             raise
         except BaseException as error:
@@ -386,7 +370,7 @@ class ExpertParallel(LiveExperts):
         if not isinstance(handle, Handle) or handle._ep is not self:
             raise self._error("combine", f"the handle is not one of this ExpertParallel's dispatches: {handle!r}")
         if hasattr(handle, "num_recv"):  # otherwise the C core says that the dispatch has not completed
-            self._outputs(y, handle.num_recv)
+            self._outputs("combine", y, handle.num_recv)
         weights = self._weights("combine", topk_weights, handle.num_tokens)
         if out is not None:
             self._rows("combine", "out", out, write=True)
@@ -396,8 +380,7 @@ class ExpertParallel(LiveExperts):
                 raise self._error("combine", "out overlaps y, which the peers read")
         where = f"combine on rank {self.comm.rank}"
         policy = None if on_missing is None else on_missing_code(on_missing, where)
-        stride = y.strides[0] if y.shape[0] > 1 else y.nbytes
-        check(lib.xccl_moe_combine_send(group, handle._c, start_of(y), stride, weights, timeout_ns(timeout)))
+        check(lib.xccl_moe_combine_send(group, handle._c, *start_of(y), weights, timeout_ns(timeout)))
         self._in_flight[handle] = y
         if policy is not None:
             lib.xccl_moe_on_missing(handle._c, policy)
@@ -452,8 +435,3 @@ class ExpertParallel(LiveExperts):
             f"<xccl.ExpertParallel {self.num_experts} experts on {self.comm.size} ranks ({state}), "
             f"hidden {self.hidden}, top-{self.num_topk}, {self.dtype}, quant {self.quant}>"
         )
-
-
-def _left(timeout: float | None, started: float) -> float | None:
-    """What is left of a call's timeout for its second half."""
-    return None if timeout is None else max(0.0, timeout - (time.monotonic() - started))

@@ -1,4 +1,4 @@
-"""What a dispatch leaves behind: for the experts, where rows come from; for combine, where they return to."""
+"""What a dispatch or A2E leaves behind: where rows come from, and so where their outputs return to."""
 
 from __future__ import annotations
 
@@ -12,12 +12,44 @@ from xccl._binding import ffi, lib
 from xccl.errors import XcclMissingExperts, XcclUsageError
 
 if TYPE_CHECKING:
+    from xccl.attention_expert import AttentionExpert
     from xccl.expert_parallel import ExpertParallel
 
 T = TypeVar("T")
 
 
-class Handle:
+class ReceivedRows:
+    """What a rank knows of the rows that it received.
+
+    Attributes
+    ----------
+    num_recv : int
+        Rows that this rank received.
+    num_recv_tokens_per_expert : int32 [num_local_experts]
+        Rows of each local expert; they follow each other in recv_x.
+    src_rank, src_token : int32 [num_recv]
+        Rank that sent each row, and the row's index in its x.
+    """
+
+    num_recv: int
+    num_recv_tokens_per_expert: NDArray[np.int32]
+    _sources: NDArray[np.int32]  # [2, num_recv]
+
+    @property
+    def src_rank(self) -> NDArray[np.int32]:
+        """Rank that sent each row."""
+        return np.asarray(self._sources[0])
+
+    @property
+    def src_token(self) -> NDArray[np.int32]:
+        """Index of each row in the x of its source."""
+        return np.asarray(self._sources[1])
+
+    def __reduce__(self) -> Any:
+        raise XcclUsageError("a handle belongs to its process and cannot be pickled")
+
+
+class Handle(ReceivedRows):
     """One dispatch of one rank. `ExpertParallel.combine` takes it, once.
 
     Attributes
@@ -36,24 +68,10 @@ class Handle:
         Tokens dispatched that chose experts none of which had a live rank; combine gives zeros for them.
     """
 
-    num_recv: int
-    num_recv_tokens_per_expert: NDArray[np.int32]
-    _sources: NDArray[np.int32]  # [2, num_recv]
-
     def __init__(self, ep: ExpertParallel, c_handle: Any, num_tokens: int) -> None:
         self._ep = ep
         self._c = c_handle
         self.num_tokens = num_tokens
-
-    @property
-    def src_rank(self) -> NDArray[np.int32]:
-        """Rank that sent each row."""
-        return np.asarray(self._sources[0])
-
-    @property
-    def src_token(self) -> NDArray[np.int32]:
-        """Index of each row in the x of its source."""
-        return np.asarray(self._sources[1])
 
     @property
     def missing_weight(self) -> NDArray[np.float32]:
@@ -87,12 +105,31 @@ class Handle:
         )
         return weight, missing, kept
 
-    def __reduce__(self) -> Any:
-        raise XcclUsageError("a handle belongs to its process and cannot be pickled")
+
+class A2EHandle(ReceivedRows):
+    """One micro-batch at an expert rank. `AttentionExpert.e2a_send` takes it, once.
+
+    Attributes
+    ----------
+    domain : int
+        The domain whose attention ranks sent it.
+    num_recv : int
+        Rows that this rank received.
+    num_recv_tokens_per_expert : int32 [num_local_experts]
+        Rows of each local expert; they follow each other in recv_x.
+    src_rank, src_token : int32 [num_recv]
+        Attention rank that sent each row, and the row's index in its x.
+    """
+
+    def __init__(self, ae: AttentionExpert, domain: int, batch: int) -> None:
+        self._ae = ae
+        self._batch = batch  # the C core's number of it
+        self._y: Any = None  # what the peers may be reading
+        self.domain = domain
 
 
 class Hook(Generic[T]):
-    """The second half of a dispatch or combine: call it once to wait for the peers and get the result.
+    """The second half of an operation: call it once to wait for the peers and get the result.
 
     After XcclTimeout it may be called again; nothing is lost.
     """

@@ -1,4 +1,4 @@
-"""The MoE operations in plain NumPy: the oracle that xccl.ExpertParallel agrees with bit for bit.
+"""The MoE operations in plain NumPy: the oracle that ExpertParallel and AttentionExpert agree with bit for bit.
 
 Nothing here communicates. A list has one entry for each rank: what the rank would pass, or what it would get::
 
@@ -92,12 +92,43 @@ def dispatch(
     (-1 in expert_map), get nothing. With ``quant="int8"`` rows pass through `quantize`.
     """
     owner = _owner(num_experts, len(xs), expert_map)
-    rows = _rows([np.asarray(idx) for idx in topk_idxs], _live(owner, alive))
+    return _deliver(xs, topk_idxs, owner, _live(owner, alive), len(xs), quant, dequantize)
+
+
+def a2e(
+    xs: Sequence[Array],
+    topk_idxs: Sequence[ArrayLike],
+    num_experts: int,
+    num_expert_ranks: int,
+    *,
+    expert_map: ArrayLike | None = None,
+    quant: str | None = None,
+    dequantize: bool = True,
+) -> list[Received]:
+    """As `dispatch`, from attention ranks to expert ranks that are others; one Received for each expert rank.
+
+    xs and topk_idxs have one entry for each attention rank of a domain, in ascending order. Ranks are counted among
+    their like: expert_map and the result say which expert rank, src_rank which attention rank.
+    """
+    owner = _owner(num_experts, num_expert_ranks, expert_map)
+    return _deliver(xs, topk_idxs, owner, owner, num_expert_ranks, quant, dequantize)
+
+
+def _deliver(
+    xs: Sequence[Array],
+    topk_idxs: Sequence[ArrayLike],
+    owner: NDArray[np.int32],
+    live: NDArray[np.int32],
+    num_owners: int,
+    quant: str | None,
+    dequantize: bool,
+) -> list[Received]:
+    """What each owner gets; `live` is owner with -1 for those that get nothing."""
+    rows = _rows([np.asarray(idx) for idx in topk_idxs], live)
     received = []
-    for rank in range(len(xs)):
+    for rank in range(num_owners):
         mine = rows[rows["owner"] == rank]
-        hidden = xs[rank].shape[1]
-        recv_x = np.zeros((len(mine), hidden), xs[rank].dtype)
+        recv_x = np.zeros((len(mine), xs[0].shape[1]), xs[0].dtype)
         for i, row in enumerate(mine):
             recv_x[i] = xs[row["src_rank"]][row["token"]]
         scales = None
@@ -153,6 +184,18 @@ def combine(
                 term = np.asarray(topk_weights[source], np.float32)[token, slot] * term
             sums[source][token] += term
         return [total.astype(ys[0].dtype) for total in sums]
+
+
+def e2a(
+    ys: Sequence[Array],
+    topk_idxs: Sequence[ArrayLike],
+    num_experts: int,
+    topk_weights: Sequence[ArrayLike] | None = None,
+    *,
+    expert_map: ArrayLike | None = None,
+) -> list[Array]:
+    """As `combine`, from expert ranks to attention ranks: ys of the former, the rest and the result of the latter."""
+    return combine(ys, topk_idxs, num_experts, topk_weights, expert_map=expert_map)
 
 
 def missing_weights(

@@ -88,6 +88,7 @@ def run(program: Path, arguments: Iterable[object], timeout: float) -> None:
 # What the extension is tested with: everything that hands addresses and counts to C.
 PACKAGE_TESTS = ["gas", "heap", "entry", "prepared", "coll", "coll_errors", "p2p", "p2p_random", "request"]
 PACKAGE_TESTS += ["kernel", "moe_layout", "moe_errors", "expert_parallel", "threads", "damaged_header"]
+PACKAGE_TESTS += ["attention_expert", "attention_expert_errors"]
 
 
 def test_package(sanitizer: str, where: Path) -> None:
