@@ -164,7 +164,9 @@ static int open_domain(xccl_ae_t *ae, const xccl_ae_config_t *config, const int3
     take_roles(ae, attention_ranks, expert_ranks);
     describe_pulls(ae);
     ae->cached_bytes = xccl_moe_cached_bytes(ae->world);
-    xccl_op_begin(ae->world, XCCL_OP_AE_OPEN);
+    status = xccl_op_begin(ae->world, XCCL_OP_AE_OPEN);
+    if (status != XCCL_OK)
+        return status;
     status = agree(ae, config, timeout_ns);
     if (status == XCCL_OK)
         status = xccl_moe_take_blocks(ae->comm, &ae->layout.bytes, timeout_ns, &ae->blocks);

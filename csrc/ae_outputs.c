@@ -60,7 +60,9 @@ int xccl_ae_send_begin(xccl_ae_t *ae, uint64_t epoch, const void *y, uint64_t ro
     if (row_stride < ae->layout.row_bytes && batch->num_recv > 1)
         return xccl_fail(XCCL_ERR_USAGE, "e2a_send on rank %d: rows of y are %llu bytes apart, expected at least %llu",
                          ae->rank, (unsigned long long)row_stride, (unsigned long long)ae->layout.row_bytes);
-    xccl_op_begin(ae->world, XCCL_OP_E2A_SEND);
+    status = xccl_op_begin(ae->world, XCCL_OP_E2A_SEND);
+    if (status != XCCL_OK)
+        return status;
     published_t published;
     status = stage_outputs(ae, batch, y, row_stride, &published);
     if (status == XCCL_OK)
@@ -79,6 +81,20 @@ int xccl_ae_send_begin(xccl_ae_t *ae, uint64_t epoch, const void *y, uint64_t ro
     return xccl_ae_help(ae);
 }
 
+/* Waits until y, which lies where the caller has it, is the caller's again. */
+static int wait_read(xccl_ae_t *ae, uint64_t epoch, int64_t deadline) {
+    int status = xccl_op_phase(ae->world, 2);
+    if (status != XCCL_OK)
+        return status;
+    xccl_ae_lines_t lines = {.ae = ae,
+                             .array = ae->layout.read[xccl_ae_parity(epoch)],
+                             .count = (int)ae->layout.num_hubs,
+                             .epoch = epoch,
+                             .writer = xccl_ae_read_by,
+                             .what = "e2a: this rank's outputs read"};
+    return xccl_ae_wait(&lines, deadline);
+}
+
 int xccl_ae_send_finish(xccl_ae_t *ae, uint64_t epoch, int64_t timeout_ns) {
     xccl_ae_batch_t *batch;
     int status = xccl_ae_check_expert(ae, "e2a_send");
@@ -86,20 +102,15 @@ int xccl_ae_send_finish(xccl_ae_t *ae, uint64_t epoch, int64_t timeout_ns) {
         status = xccl_ae_find(ae, epoch, XCCL_AE_SENDING, "e2a_send", &batch);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(ae->world, XCCL_OP_E2A_SEND);
-    xccl_op_phase(ae->world, 1);
+    status = xccl_op_begin(ae->world, XCCL_OP_E2A_SEND);
+    if (status == XCCL_OK)
+        status = xccl_op_phase(ae->world, 1);
+    if (status != XCCL_OK)
+        return status;
     int64_t deadline = xccl_deadline(ae->world, timeout_ns);
     status = xccl_ae_wait_summed(ae, batch, deadline);
-    if (status == XCCL_OK && batch->in_place) {
-        xccl_op_phase(ae->world, 2);
-        xccl_ae_lines_t lines = {.ae = ae,
-                                 .array = ae->layout.read[xccl_ae_parity(epoch)],
-                                 .count = (int)ae->layout.num_hubs,
-                                 .epoch = epoch,
-                                 .writer = xccl_ae_read_by,
-                                 .what = "e2a: this rank's outputs read"};
-        status = xccl_ae_wait(&lines, deadline);
-    }
+    if (status == XCCL_OK && batch->in_place)
+        status = wait_read(ae, epoch, deadline);
     if (status == XCCL_OK)
         batch->phase = XCCL_AE_IDLE;
     return status;

@@ -20,7 +20,9 @@ int xccl_ae_recv_begin(xccl_ae_t *ae, uint64_t *out_batch) {
                          "a2e_recv on rank %d: two micro-batches of this domain are in flight already: complete the "
                          "e2a_send of the first",
                          ae->rank);
-    xccl_op_begin(ae->world, XCCL_OP_A2E_RECV);
+    status = xccl_op_begin(ae->world, XCCL_OP_A2E_RECV);
+    if (status != XCCL_OK)
+        return status;
     batch->epoch = ae->epoch = epoch;
     batch->phase = XCCL_AE_RECEIVING;
     batch->forwarded = batch->summed = ae->hub < 0;
@@ -72,9 +74,10 @@ static int count_rows(xccl_ae_t *ae, xccl_ae_batch_t *batch) {
 
 static int wait_and_count(xccl_ae_t *ae, xccl_ae_batch_t *batch, int64_t deadline) {
     int status = xccl_ae_wait_forwarded(ae, batch, deadline);
+    if (status == XCCL_OK)
+        status = xccl_op_phase(ae->world, 1);
     if (status != XCCL_OK)
         return status;
-    xccl_op_phase(ae->world, 1);
     xccl_ae_lines_t arrived = {.ae = ae,
                                .array = ae->layout.arrived[xccl_ae_parity(batch->epoch)],
                                .count = ae->config.num_attention_ranks,
@@ -98,8 +101,9 @@ int xccl_ae_recv_wait(xccl_ae_t *ae, uint64_t epoch, int64_t timeout_ns, int64_t
     if (status == XCCL_OK)
         status = xccl_ae_find(ae, epoch, counted ? XCCL_AE_COUNTED : XCCL_AE_RECEIVING, OPERATION, &batch);
     if (status == XCCL_OK && !counted) {
-        xccl_op_begin(ae->world, XCCL_OP_A2E_RECV);
-        status = wait_and_count(ae, batch, xccl_deadline(ae->world, timeout_ns));
+        status = xccl_op_begin(ae->world, XCCL_OP_A2E_RECV);
+        if (status == XCCL_OK)
+            status = wait_and_count(ae, batch, xccl_deadline(ae->world, timeout_ns));
     }
     if (status != XCCL_OK)
         return status;

@@ -114,7 +114,9 @@ int xccl_ae_a2e(xccl_ae_t *ae, const void *x, int64_t num_tokens, const int64_t 
     int status = check_a2e(ae, batch, num_tokens);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(world, XCCL_OP_A2E);
+    status = xccl_op_begin(world, XCCL_OP_A2E);
+    if (status != XCCL_OK)
+        return status;
     int hub = xccl_ae_arrived_by(ae, ae->attention), slot = xccl_ae_slot_of(ae, ae->attention);
     uint64_t stage = xccl_ae_stage(ae, epoch, slot);
     status = count_parts(ae, num_tokens, topk_idx);

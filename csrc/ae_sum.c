@@ -157,7 +157,9 @@ int xccl_ae_e2a(xccl_ae_t *ae, uint64_t epoch, void *out, int64_t timeout_ns) {
         status = xccl_ae_find(ae, epoch, XCCL_AE_SENT, "e2a", &batch);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(ae->world, XCCL_OP_E2A);
+    status = xccl_op_begin(ae->world, XCCL_OP_E2A);
+    if (status != XCCL_OK)
+        return status;
     int64_t deadline = xccl_deadline(ae->world, timeout_ns);
     status = xccl_ae_is_direct(ae) ? sum_here(ae, batch, out, deadline) : take_sums(ae, batch, out, deadline);
     if (status == XCCL_OK && !xccl_race_is_off(ae->world))
