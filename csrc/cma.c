@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <sys/random.h>
 #include <sys/uio.h>
+#include <time.h>
 
 #include "status.h"
 
@@ -52,13 +53,23 @@ bool xccl_cma_can_read(const xccl_world_t *world, int reader) {
     return atomic_load_explicit(&world->ranks[reader].reads_peers, memory_order_relaxed) == 1;
 }
 
+/* A process loses its memory a moment before it is seen to be dead. */
+static bool is_dying(const xccl_world_t *world, int rank) {
+    enum { TURNS = 100 };
+    const struct timespec moment = {.tv_nsec = 1000000};
+    for (int i = 0; i < TURNS; i++) {
+        if (xccl_shm_is_dead(world, rank))
+            return true;
+        nanosleep(&moment, NULL);
+    }
+    return false;
+}
+
 static int fail(const xccl_world_t *world, int rank, uint64_t address, uint64_t bytes, int error) {
+    if (is_dying(world, rank))
+        return xccl_shm_fail_lost(world, rank, "the copy of a message");
     char line[256];
     xccl_shm_describe_rank(world, rank, line, sizeof line);
-    if (error == ESRCH || xccl_shm_is_dead(world, rank))
-        return xccl_fail_about(XCCL_ERR_PEER_LOST, rank,
-                               "rank %d: rank %d is lost in the middle of a message. Its last state: %s", world->rank,
-                               rank, line);
     return xccl_fail_errno(error,
                            "rank %d: %llu bytes at %#llx in the memory of rank %d cannot be copied (XCCL_CMA=off does "
                            "without). Its last state: %s",

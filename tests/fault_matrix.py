@@ -136,6 +136,36 @@ def moe(comm: xccl.Communicator) -> Step:
     return step
 
 
+def attention_experts(comm: xccl.Communicator) -> Step:
+    """Each rank attends in its turn, to experts on the others."""
+    x = np.full((4, 16), float(comm.rank + 1), np.float32)
+    idx = np.array([[0, 4], [1, -1], [2, 3], [-1, -1]])
+    groups = [
+        xccl.AttentionExpert(comm, [pe], sorted({0, 1, 2} - {pe}), 5, 16, 2, 8, dtype="float32")
+        for pe in range(comm.size)
+    ]
+
+    def step(timeout: float) -> None:
+        for pe, ae in enumerate(groups):
+
+            def usable(ae: xccl.AttentionExpert = ae) -> bool:
+                return not ae._failure
+
+            if comm.rank == pe:
+                again("a2e", lambda ae=ae: ae.a2e(x, idx), usable)
+                out = again("e2a", lambda ae=ae: ae.e2a(timeout=timeout), usable)
+                expect(out[:, 0].tolist() == [2.0 * x[0, 0], x[0, 0], 2.0 * x[0, 0], 0.0])
+            else:
+                rows, handle = again("a2e_recv", lambda ae=ae: ae.a2e_recv(timeout=timeout), usable)
+                again(
+                    "e2a_send",
+                    lambda ae=ae, rows=rows, handle=handle: ae.e2a_send(rows, handle, timeout=timeout),
+                    usable,
+                )
+
+    return step
+
+
 def masks(comm: xccl.Communicator) -> Step:
     ep = xccl.ExpertParallel(comm, num_experts=5, hidden=16, num_topk=2, num_max_tokens_per_rank=8, dtype="float32")
 
@@ -209,6 +239,15 @@ def _both(operation: str) -> tuple[tuple[str, int | str, int], ...]:
 _HEAP = (("allocation", 0, 1), ("allocation", "wait", 1), ("free", 0, 2), ("free", "wait", 1))
 _SENDING = (("send", 0, 2), ("recv", 0, 1), ("recv", "wait", 1))
 
+_APART = (
+    ("a2e", 0, 2),
+    ("a2e_recv", 0, 2),
+    ("a2e_recv", "wait", 1),
+    ("e2a_send", 0, 2),
+    ("e2a", 0, 2),
+    ("e2a", "wait", 1),
+)
+
 PROGRAMS = {
     "put_signal": Program(put_signal, (("put_signal", 0, 2), ("signal_op", 0, 1), *_both("wait_until"))),
     "send": Program(exchange(4), _SENDING),
@@ -216,6 +255,7 @@ PROGRAMS = {
     "send sync": Program(exchange(100, "sync"), (*_SENDING, ("send", "wait", 1))),
     "send large": Program(exchange(700_000), (*_SENDING, ("send", "wait", 1))),
     "barrier": Program(collective("barrier", 1), _both("barrier")),
+    "attention and experts": Program(attention_experts, _APART),
     "broadcast": Program(collective("broadcast", 500), _both("broadcast")),
     "all_gather": Program(collective("all_gather", 2), _both("all_gather")),
     "all_gather large": Program(collective("all_gather", 60_000), (*_both("all_gather"), ("all_gather", "wait", 5))),
