@@ -34,6 +34,9 @@ static void send_header(xccl_coll_t *coll, int pe, int mode, uint64_t bytes) {
     peer->slot_epoch[parity] = coll->epoch;
     peer->slot_units[parity] = peer->units[0];
     peer->sent++;
+    /* The next message goes to the other slot, which the peer has read and will not look at before it has sent its own:
+     * to own that line by then takes one way off the next operation. */
+    xccl_gas_expect_to_write(coll->world, coll->comm->ranks[pe], xccl_coll_slot_offset(coll, coll->rank, !parity));
 }
 
 static void write_slot(xccl_coll_t *coll, int pe, uint64_t place, const void *data, uint64_t bytes) {

@@ -38,6 +38,16 @@ static inline void *xccl_gas_at(const xccl_world_t *world, int rank, uint64_t of
     return world->windows + (uint64_t)rank * world->stride + offset;
 }
 
+/* Begins to fetch the line at (rank, offset) for a store to come. Changes nothing but time. */
+static inline void xccl_gas_expect_to_write(const xccl_world_t *world, int rank, uint64_t offset) {
+    void *line = xccl_gas_at(world, rank, offset);
+#if defined(__x86_64__)
+    __asm__ volatile("prefetchw %0" : : "m"(*(char *)line)); /* the builtin needs a compiler flag for it */
+#else
+    __builtin_prefetch(line, 1);
+#endif
+}
+
 /* Copies into / out of a peer's window. Unordered until a signal function or fence. */
 static inline void xccl_gas_put_at(xccl_world_t *world, int rank, uint64_t offset, const void *src, uint64_t bytes) {
     void *to = xccl_gas_at(world, rank, offset);
