@@ -49,6 +49,7 @@ typedef struct rank_t {
     float *pool; /* of the group: outputs there are read in place */
     xccl_ae_t *ae;
     int attention; /* who attends; the others hold the experts */
+    bool came;     /* victim: has been late in this round */
 } rank_t;
 
 static uint64_t next_random(example_t *e) {
@@ -59,6 +60,13 @@ static uint64_t next_random(example_t *e) {
 }
 
 /* ---- operations: each gives a status ---- */
+
+/* Where the victim is late, once in a round. */
+static void come_late(rank_t *r) {
+    if (r->rank == VICTIM && !r->came)
+        pthread_barrier_wait(&r->example->late);
+    r->came = true;
+}
 
 static int use_all_to_all(rank_t *r, uint64_t count, int64_t *x) {
     return xccl_coll_all_to_all(r->comm, x, count * 8, XCCL_INT64, TIMEOUT, r->out);
@@ -115,7 +123,8 @@ static void choose_experts(uint64_t salt, int64_t (*topk)[TOPK]) {
             topk[t][slot] = (int64_t)(salt + (uint64_t)(t * 3 + slot)) % EXPERTS;
 }
 
-static int use_moe(rank_t *r, uint64_t count, int64_t *x) {
+/* `late_combine`: it is the combine that the victim comes late to. */
+static int use_group(rank_t *r, uint64_t count, const int64_t *x, bool late_combine) {
     float rows[MOST_TOKENS][HIDDEN] = {{0}}, sums[MOST_TOKENS][HIDDEN];
     int64_t topk[MOST_TOKENS][TOPK], num_rows;
     int32_t per_expert[EXPERTS];
@@ -133,6 +142,8 @@ static int use_moe(rank_t *r, uint64_t count, int64_t *x) {
         sources = malloc((size_t)num_rows * 2 * sizeof *sources + 1);
         status = xccl_moe_dispatch_pull(r->moe, handle, y, NULL, sources, sources + num_rows);
     }
+    if (late_combine)
+        come_late(r);
     if (status >= 0)
         status = xccl_moe_combine_send(r->moe, handle, y, HIDDEN * sizeof *y, NULL, TIMEOUT);
     if (status >= 0)
@@ -142,6 +153,14 @@ static int use_moe(rank_t *r, uint64_t count, int64_t *x) {
     if (y != in_place)
         free(y);
     return status;
+}
+
+static int use_moe(rank_t *r, uint64_t count, int64_t *x) {
+    return use_group(r, count, x, false);
+}
+
+static int use_combine(rank_t *r, uint64_t count, int64_t *x) {
+    return use_group(r, count, x, true);
 }
 
 static int attend(rank_t *r, uint64_t count) {
@@ -211,6 +230,7 @@ static int use_shrink(rank_t *r, uint64_t count, int64_t *x) {
     int status = xccl_comm_split(r->comm, 0, (int64_t)count % 2 ? -r->rank : r->rank, TIMEOUT, &group);
     if (status < 0)
         return status;
+    come_late(r);
     status = xccl_comm_shrink(group, TIMEOUT, &survivors);
     xccl_comm_discard(group);
     if (status < 0)
@@ -230,19 +250,21 @@ static int use_signal(rank_t *r, uint64_t count, int64_t *x) {
 static const struct {
     const char *name;
     int (*run)(rank_t *r, uint64_t count, int64_t *x);
+    bool late_inside; /* it says itself where the victim is late */
 } OPERATIONS[] = {
-    {"all_to_all", use_all_to_all},
-    {"all_reduce", use_all_reduce},
-    {"all_gather", use_all_gather},
-    {"broadcast", use_broadcast},
-    {"all_to_all_v", use_all_to_all_v},
-    {"send_receive", use_send_receive},
-    {"moe", use_moe},
-    {"ae", use_ae},
-    {"heap", use_heap},
-    {"split", use_split},
-    {"shrink", use_shrink},
-    {"signal", use_signal},
+    {"all_to_all", use_all_to_all, false},
+    {"all_reduce", use_all_reduce, false},
+    {"all_gather", use_all_gather, false},
+    {"broadcast", use_broadcast, false},
+    {"all_to_all_v", use_all_to_all_v, false},
+    {"send_receive", use_send_receive, false},
+    {"moe", use_moe, false},
+    {"combine", use_combine, true},
+    {"ae", use_ae, false},
+    {"heap", use_heap, false},
+    {"split", use_split, false},
+    {"shrink", use_shrink, true},
+    {"signal", use_signal, false},
 };
 enum { NUM_OPERATIONS = sizeof OPERATIONS / sizeof *OPERATIONS };
 
@@ -296,10 +318,12 @@ static void *run_rank(void *arg) {
         int64_t *x = round % 2 ? r->symmetric : r->scratch;
         pthread_barrier_wait(&e->ready);
         pthread_barrier_wait(&e->start);
-        if (r->rank == VICTIM)
-            pthread_barrier_wait(&e->late);
+        r->came = false;
+        if (!OPERATIONS[e->operation].late_inside)
+            come_late(r);
         if (status >= 0)
             status = OPERATIONS[e->operation].run(r, e->count, x);
+        come_late(r); /* if it failed before */
         if (status < 0)
             xccl_shm_abort(r->world, xccl_error_message());
     }

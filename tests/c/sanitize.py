@@ -28,7 +28,7 @@ OPTIONS = {
 
 
 # The operations of fuzz_control.c.
-FUZZED = tuple(re.findall(r'\{"(\w+)", use_\w+\}', (HERE / "fuzz_control.c").read_text()))
+FUZZED = tuple(re.findall(r'\{"(\w+)", use_\w+, ', (HERE / "fuzz_control.c").read_text()))
 
 
 def flags_of(sanitizer: str) -> list[str]:
