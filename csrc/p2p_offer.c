@@ -1,8 +1,8 @@
 /* p2p_offer.c - messages that are copied once, from where they are.
  *
  * The receiver of an offer copies from the sender's window, or from its process. While it does, the sender of a
- * blocking send would only wait. Where each has a core of its own and the message is long, both copy: a core alone
- * keeps memory busy for half the time. They claim blocks of the message in turn, by a counter in the acknowledgement
+ * blocking send would only wait. If it is awake and the message is long, both copy: a core alone keeps memory busy for
+ * half the time. They claim blocks of the message in turn, by a counter in the acknowledgement
  * line:
  *
  *     receiver                                       sender
@@ -115,9 +115,10 @@ static bool open_target(xccl_p2p_t *p2p, int source, const xccl_p2p_offer_t *off
     xccl_p2p_ack_line_t *line = ack_line(p2p, source, offer->ack);
     uint64_t offset;
     bool in_window = xccl_gas_is_symmetric(world, buffer, bytes, &offset);
-    /* who may read a process may write to it */
-    if (world->size > world->header->config.cores || num_blocks(bytes) < LEAST_BLOCKS ||
-        (!in_window && !xccl_cma_can_read(world, rank)))
+    /* One that sleeps has given its core away: it would come too late. Who may read a process may write to it.
+     * relaxed: only time depends on it */
+    if (num_blocks(bytes) < LEAST_BLOCKS || (!in_window && !xccl_cma_can_read(world, rank)) ||
+        atomic_load_explicit(&world->ranks[rank].sleeping, memory_order_relaxed) != 0)
         return false;
     line->target = in_window ? offset : (uint64_t)(uintptr_t)buffer;
     line->in_window = in_window;
