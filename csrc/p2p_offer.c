@@ -20,7 +20,7 @@
 #include "p2p.h"
 
 enum {
-    BLOCK = 64 << 10,
+    BLOCK = 64 << 10, /* half of it for messages of less than two: each gets a part */
     LEAST_BLOCKS = 2,
     COPY_SECONDS = 60 /* a block takes microseconds: the sender is stopped, or dead */
 };
@@ -94,8 +94,12 @@ int xccl_p2p_take_offer(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p
 
 /* ---- both ends copy ---- */
 
+static uint64_t block_bytes(uint64_t bytes) {
+    return bytes < 2 * BLOCK ? BLOCK / 2 : BLOCK;
+}
+
 static uint64_t num_blocks(uint64_t bytes) {
-    return (bytes + BLOCK - 1) / BLOCK;
+    return (bytes + block_bytes(bytes) - 1) / block_bytes(bytes);
 }
 
 /* Bytes of the next block that nobody has claimed, 0: there is none. */
@@ -104,8 +108,9 @@ static uint64_t claim_block(xccl_p2p_ack_line_t *line, uint64_t bytes, uint64_t 
     uint64_t block = atomic_fetch_add_explicit(&line->claimed, 1, memory_order_relaxed);
     if (block >= num_blocks(bytes))
         return 0;
-    *out_at = block * BLOCK;
-    return bytes - *out_at < BLOCK ? bytes - *out_at : BLOCK;
+    uint64_t length = block_bytes(bytes);
+    *out_at = block * length;
+    return bytes - *out_at < length ? bytes - *out_at : length;
 }
 
 /* Lets the sender copy to `buffer` as well; false if it cannot. */

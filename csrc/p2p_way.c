@@ -72,7 +72,8 @@ void xccl_p2p_note_cost(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, uint64_t bytes
         return;
     int class = class_of(bytes);
     xccl_p2p_costs_t *costs = &in->costs;
-    xccl_cost_add(by_cma ? &costs->cma[class] : &costs->chunks[class], ticks, bytes);
+    /* the copy in of the first of eight chunks is over before the receiver sees anything */
+    xccl_cost_add(by_cma ? &costs->cma[class] : &costs->chunks[class], by_cma ? ticks : ticks + ticks / 8, bytes);
     if (costs->cma[class].samples == 0 || costs->chunks[class].samples == 0)
         return;
     uint64_t bit = 1ull << class;
