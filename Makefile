@@ -13,10 +13,13 @@ C_FILES := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c examples/*.c tests/c/*.c
 BUILD_INPUTS := $(wildcard csrc/*.c csrc/*.h csrc/python/*.c) csrc/build_binding.py setup.py pyproject.toml
 
 SOAK_KILLS ?= 100
+SOAK_ROUNDS ?= 20
 SOAK_SEED ?= 0
+SOAK_CHAOS_SEEDS ?= 2000
+SOAK_CHAOS_FIRST ?= 1000
 
-.PHONY: serve precoder test test-env asan ubsan tsan models mutants soak soak-kill targets performance lint format docs \
-    wheel clean
+.PHONY: serve precoder test test-env asan ubsan tsan models mutants soak soak-kill soak-faults soak-chaos soak-http \
+    targets performance lint format docs wheel clean
 
 serve: $(VENV)/.installed-serve
 	$(BIN)/xccl serve --prompt "$(PROMPT)" $(SERVE_ARGS)
@@ -39,6 +42,14 @@ test-env: $(VENV)/.installed-test
 soak-kill: $(VENV)/.installed-test
 	$(BIN)/python tests/soak_kill.py --kills $(SOAK_KILLS) --seed $(SOAK_SEED)
 
+# Injected faults: operation x phase x action x rank. Survivors must finish or say why.
+soak-faults: $(VENV)/.installed-test
+	$(BIN)/python tests/fault_matrix.py
+
+# Every protocol with random pauses and orders of puts, each seed alike on every run.
+soak-chaos: $(VENV)/.installed-test
+	$(BIN)/python tests/soak_chaos.py --seeds $(SOAK_CHAOS_SEEDS) --first $(SOAK_CHAOS_FIRST)
+
 # Sanitizers: the C tests with ranks as threads, and, except under TSan, the Python tests that use the C core most.
 asan: $(VENV)/.installed-test
 	$(BIN)/python tests/c/sanitize.py address --package
@@ -53,12 +64,16 @@ tsan: $(VENV)/.installed-test
 models: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -s tests/models
 
+# 200 clients at once, again and again: nothing may fail or leak.
+soak-http: $(VENV)/.installed-test
+	$(BIN)/python tests/load_http.py --rounds $(SOAK_ROUNDS) --seed $(SOAK_SEED)
+
 # Every mutant of tests/mutants/ must make its tests fail. Takes minutes.
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants/run.py
 
 # The long campaigns, of which `make test` runs a bounded share.
-soak: asan ubsan tsan models mutants soak-kill
+soak: asan ubsan tsan models mutants soak-kill soak-faults soak-chaos soak-http
 	$(BIN)/python tests/c/sanitize.py address,undefined --fuzz 20000
 
 # xccl against three MPIs, which are installed if they are not there: which targets are met. About 15 minutes on 2 cores.

@@ -1,4 +1,5 @@
 /* api.c - opens and closes a communicator with all its layers. */
+#include "cma.h"
 #include "comm.h"
 #include "layers.h"
 #include "status.h"
@@ -19,6 +20,7 @@ int xccl_comm_open(xccl_world_t *world, xccl_comm_t **out) {
     int status = xccl_comm_create_world(world, &comm);
     if (status != XCCL_OK)
         return status;
+    xccl_cma_probe(world);
     status = xccl_comm_open_layers(
         comm, xccl_deadline_at(world, xccl_deadline(world, world->header->config.init_timeout_ns)));
     if (status != XCCL_OK) {
@@ -34,7 +36,9 @@ int xccl_comm_split(xccl_comm_t *parent, int64_t color, int64_t key, int64_t tim
     int status = xccl_comm_check(parent);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(parent->world, XCCL_OP_SPLIT);
+    status = xccl_op_begin(parent->world, XCCL_OP_SPLIT);
+    if (status != XCCL_OK)
+        return status;
     int64_t deadline = xccl_deadline_at(parent->world, xccl_deadline(parent->world, timeout_ns));
     xccl_comm_t *comm = NULL;
     status = xccl_comm_settle(parent, xccl_comm_create_split(parent, color, key, deadline, &comm));
@@ -57,7 +61,9 @@ int xccl_comm_close(xccl_comm_t *comm, int64_t timeout_ns) {
         xccl_comm_discard(comm);
         return XCCL_OK;
     }
-    xccl_op_begin(comm->world, XCCL_OP_CLOSE);
+    status = xccl_op_begin(comm->world, XCCL_OP_CLOSE);
+    if (status != XCCL_OK)
+        return status;
     int64_t deadline = xccl_deadline_at(comm->world, xccl_deadline(comm->world, timeout_ns));
     status = xccl_comm_settle(comm, xccl_p2p_close(comm, deadline));
     if (status == XCCL_OK && comm->context != 0)

@@ -41,5 +41,5 @@ ffi.set_source(
         "-Wextra",
         "-Wshadow",
     ],
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", "-lrt"],  # librt: timer_create, before glibc 2.34
 )

@@ -1,6 +1,7 @@
 /* coll.c - collectives that move data, and the state of a communicator. */
 #include <stdlib.h>
 
+#include "cma.h"
 #include "coll.h"
 #include "status.h"
 
@@ -62,6 +63,9 @@ int xccl_coll_open(xccl_comm_t *comm, int64_t deadline) {
     }
     coll->inbox = inbox;
     coll->counters = inbox + inbox_bytes;
+    coll->peers_read = true; /* known since the members have agreed on the blocks */
+    for (int pe = 0; pe < comm->size; pe++)
+        coll->peers_read = coll->peers_read && xccl_cma_can_read(comm->world, comm->ranks[pe]);
     return XCCL_OK;
 }
 
@@ -93,7 +97,7 @@ int xccl_coll_begin(xccl_comm_t *comm, xccl_op_t op, int reduce, xccl_dtype_t dt
         return xccl_fail(XCCL_ERR_USAGE,
                          "%s on rank %d: an all_to_all_v was begun and not finished on this communicator; finish it",
                          xccl_op_name(op), coll->rank);
-    xccl_op_begin(comm->world, op);
+    TRY(xccl_op_begin(comm->world, op));
     coll->epoch++;
     coll->signature = xccl_coll_signature(op, reduce, dtype, param);
     coll->deadline = xccl_deadline(comm->world, timeout_ns);
@@ -212,7 +216,7 @@ static int receive_from(xccl_coll_t *coll, int root, uint64_t bytes, void *out) 
         coll->peers[pe].out_bytes = coll->peers[pe].in_bytes = coll->peers[pe].in_done = 0;
     coll->peers[root].in = out;
     coll->peers[root].in_bytes = bytes;
-    coll->x_in_place = coll->streams = coll->samples = false;
+    coll->x_in_place = coll->x_by_cma = coll->streams = coll->samples = false;
     xccl_coll_choose_result_stores(coll, bytes);
     TRY(xccl_coll_receive_headers(coll, &root, 1));
     TRY(xccl_coll_deliver(coll));

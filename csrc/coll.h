@@ -20,6 +20,7 @@
 #include <stdbool.h>
 
 #include "comm.h"
+#include "cost.h"
 #include "gas.h"
 #include "racecheck.h"
 #include "layers.h"
@@ -51,7 +52,8 @@ enum {
     XCCL_COLL_REFUSED = 3,         /* no message: the sender found that the members do not agree */
     XCCL_COLL_RESULT_IN_PLACE = 4, /* flag: the sender's part of the result is read in its symmetric `out` */
     XCCL_COLL_STREAMED = 8,        /* flag: stored around the caches */
-    XCCL_COLL_MODE_MASK = 15
+    XCCL_COLL_CMA = 16,            /* flag, with IN_PLACE: in the sender's ordinary memory, see cma.h */
+    XCCL_COLL_MODE_MASK = 31
 };
 
 /*   header, the first line of a slot
@@ -73,7 +75,8 @@ typedef struct xccl_coll_header_t {
     uint64_t bytes;
     union {
         struct {
-            uint64_t offset;    /* in place: of the message in the window; staged: of the first lot in the ring */
+            uint64_t offset;    /* in place: of the message in the window, or its address with CMA; staged: of the
+                                   first lot in the ring */
             uint64_t place;     /* staged: of the message in each lot */
             uint64_t chunk;     /* staged: bytes of the message in each lot */
             uint64_t lot_bytes; /* staged: bytes of a lot */
@@ -128,17 +131,19 @@ typedef struct xccl_coll_lot_t {
     uint64_t epoch;      /* of the operation that filled it */
 } xccl_coll_lot_t;
 
-/* What copies of one size have cost, in ticks a byte: the fastest of the current and of the last window of samples. */
-typedef struct xccl_coll_cost_t {
-    float best, before;
-    uint64_t samples;
-} xccl_coll_cost_t;
-
-/* Of one way to store messages: through the caches, or around them. */
-typedef struct xccl_coll_way_t {
-    xccl_coll_cost_t store, load;
-    uint64_t operations;
+/* How a long message from an ordinary array comes to its receiver. */
+typedef enum xccl_coll_way_t {
+    XCCL_COLL_BY_CACHE = 0,  /* staged, stored through the caches */
+    XCCL_COLL_BY_STREAM = 1, /* staged, stored around them */
+    XCCL_COLL_BY_CMA = 2,    /* read where it is, by the kernel */
+    XCCL_COLL_WAYS = 3
 } xccl_coll_way_t;
+
+/* What messages of one size have cost on one way. */
+typedef struct xccl_coll_costs_t {
+    xccl_cost_t store, load; /* there is nothing to store BY_CMA */
+    uint64_t operations;
+} xccl_coll_costs_t;
 
 typedef struct xccl_coll_t {
     xccl_comm_t *comm;
@@ -158,8 +163,9 @@ typedef struct xccl_coll_t {
     const void **sources;     /* room for one pointer a member */
     xccl_coll_peer_t *peers;
 
-    uint64_t cache_bytes;           /* of the last-level cache */
-    xccl_coll_way_t ways[2][64][2]; /* by: reduced or copied; logarithm of the size; stored around the caches or not */
+    uint64_t cache_bytes;                           /* of the last-level cache */
+    bool peers_read;                                /* all of them can read this process: see cma.h */
+    xccl_coll_costs_t costs[2][64][XCCL_COLL_WAYS]; /* by: reduced or copied; logarithm of the size; way */
 
     /* the current operation */
     uint64_t epoch; /* counts operations of the communicator; never reset */
@@ -167,7 +173,8 @@ typedef struct xccl_coll_t {
     int64_t deadline;
     const unsigned char *x;
     bool shared;           /* every peer gets all of x */
-    bool x_in_place;       /* peers read long messages in x, which is symmetric */
+    bool x_in_place;       /* peers read long messages in x, which is symmetric, */
+    bool x_by_cma;         /* or which they read through the kernel */
     bool result_in_place;  /* all_reduce: peers read this rank's part of the result in `out` */
     bool stages;           /* something is staged */
     bool streams;          /* messages are stored around the caches */
@@ -179,7 +186,7 @@ typedef struct xccl_coll_t {
     int differs;           /* a member whose header does not agree, or is damaged, found while waiting; -1: none */
     xccl_coll_words_t different; /* its header, */
     xccl_coll_damage_t damage;   /* or what is wrong with what it wrote */
-    uint64_t x_offset;           /* of x in the window, if x_in_place; likewise result_offset */
+    uint64_t x_offset;           /* of x in the window, if x_in_place, or its address; likewise result_offset */
     uint64_t result_offset;
     uint64_t chunk_bytes; /* of a staged message */
     uint64_t lot_bytes;
@@ -307,8 +314,9 @@ void xccl_coll_lot_note(xccl_coll_t *coll, uint64_t k, int pe, int channel);
 
 /* ---- coll_store.c ---- */
 
-/* How messages of the operation are stored; `bytes` is the longest, or a chunk of it. */
-void xccl_coll_choose_stores(xccl_coll_t *coll, uint64_t bytes);
+/* Chooses the way of the operation's messages, of which the longest has `bytes`; chunks are cut already. Sets streams,
+ * x_by_cma, samples. `cma`: the kernel's way is open. */
+void xccl_coll_choose_way(xccl_coll_t *coll, uint64_t bytes, bool cma);
 
 /* How results are stored; `rank_bytes` are input and output of one rank. */
 void xccl_coll_choose_result_stores(xccl_coll_t *coll, uint64_t rank_bytes);
@@ -322,8 +330,11 @@ void xccl_coll_store(xccl_coll_t *coll, int pe, uint64_t offset, const void *fro
 /* Copies a message, stored in such a way, to its end. */
 void xccl_coll_load(xccl_coll_t *coll, void *to, const void *from, uint64_t bytes, bool streamed);
 
+/* Reads a message, or its rest, in the memory of its sender `pe`. */
+int xccl_coll_load_by_cma(xccl_coll_t *coll, int pe, void *to, uint64_t address, uint64_t bytes);
+
 /* Learns that `ticks` were needed to load such a message. */
-void xccl_coll_note_load(xccl_coll_t *coll, uint64_t ticks, uint64_t bytes, bool streamed);
+void xccl_coll_note_load(xccl_coll_t *coll, uint64_t ticks, uint64_t bytes, xccl_coll_way_t way);
 
 /* Size of the last-level cache. */
 uint64_t xccl_coll_cache_bytes(void);

@@ -47,6 +47,9 @@ static bool place_is_sound(xccl_coll_t *coll, int pe, const char *field, uint64_
 static bool fetched_is_sound(xccl_coll_t *coll, int pe, const xccl_coll_words_t *header, int mode) {
     const bool staged = mode & XCCL_COLL_STAGED, all_reduce = coll->reduces && coll->shared;
     const bool result_staged = all_reduce && !(mode & XCCL_COLL_RESULT_IN_PLACE);
+    if (mode & XCCL_COLL_CMA) /* the kernel checks an address in the sender's process */
+        return (!staged && !coll->reduces) ||
+               note_damage(coll, pe, "mode", (uint64_t)mode, XCCL_COLL_STAGED, XCCL_COLL_IN_PLACE);
     if ((staged || result_staged) && !lots_are_sound(coll, pe, header))
         return false;
     if (!(staged ? staging_is_sound(coll, pe, header)

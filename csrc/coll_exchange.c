@@ -34,6 +34,9 @@ static void send_header(xccl_coll_t *coll, int pe, int mode, uint64_t bytes) {
     peer->slot_epoch[parity] = coll->epoch;
     peer->slot_units[parity] = peer->units[0];
     peer->sent++;
+    /* The next message goes to the other slot, which the peer has read and will not look at before it has sent its own:
+     * to own that line by then takes one way off the next operation. */
+    xccl_gas_expect_to_write(coll->world, coll->comm->ranks[pe], xccl_coll_slot_offset(coll, coll->rank, !parity));
 }
 
 static void write_slot(xccl_coll_t *coll, int pe, uint64_t place, const void *data, uint64_t bytes) {
@@ -73,14 +76,16 @@ static bool is_staged(const xccl_coll_t *coll, const xccl_coll_peer_t *peer) {
 void xccl_coll_set_source(xccl_coll_t *coll, const void *x, uint64_t x_bytes, uint64_t message_bytes, bool shared) {
     coll->x = x;
     coll->shared = shared;
-    coll->x_in_place = message_bytes >= XCCL_COLL_IN_PLACE_BYTES && message_bytes > coll->inline_bytes &&
-                       xccl_gas_is_symmetric(coll->world, x, x_bytes, &coll->x_offset);
-    coll->stages = coll->size > 1 && message_bytes > coll->inline_bytes && !coll->x_in_place;
+    bool is_long = message_bytes >= XCCL_COLL_IN_PLACE_BYTES && message_bytes > coll->inline_bytes;
+    coll->x_in_place = is_long && xccl_gas_is_symmetric(coll->world, x, x_bytes, &coll->x_offset);
     coll->result_in_place = false;
     xccl_coll_stage_cut(coll, message_bytes);
-    xccl_coll_choose_stores(coll, coll->x_in_place                    ? 0
-                                  : message_bytes < coll->chunk_bytes ? message_bytes
-                                                                      : coll->chunk_bytes);
+    xccl_coll_choose_way(coll, coll->x_in_place ? 0 : message_bytes, is_long && coll->peers_read && !coll->reduces);
+    if (coll->x_by_cma) {
+        coll->x_in_place = true;
+        coll->x_offset = (uint64_t)(uintptr_t)x;
+    }
+    coll->stages = coll->size > 1 && message_bytes > coll->inline_bytes && !coll->x_in_place;
 }
 
 uint64_t xccl_coll_chunks_to_send(const xccl_coll_t *coll) {
@@ -105,7 +110,7 @@ static void fill_lot(xccl_coll_t *coll, int pe, uint64_t k) {
 static int announce(xccl_coll_t *coll, int pe) {
     xccl_coll_peer_t *peer = &coll->peers[pe];
     int mode = (coll->x_in_place ? XCCL_COLL_IN_PLACE : XCCL_COLL_STAGED) | (coll->streams ? XCCL_COLL_STREAMED : 0) |
-               (coll->result_in_place ? XCCL_COLL_RESULT_IN_PLACE : 0);
+               (coll->result_in_place ? XCCL_COLL_RESULT_IN_PLACE : 0) | (coll->x_by_cma ? XCCL_COLL_CMA : 0);
     /* as in xccl_coll_header_t */
     const uint64_t words[5] = {
         coll->x_in_place ? coll->x_offset + (uint64_t)(peer->out - coll->x) : coll->first_place,
@@ -192,16 +197,20 @@ const unsigned char *xccl_coll_message_at(const xccl_coll_t *coll, int pe, uint6
 }
 
 /* Copies the next chunk of the message from `pe`. */
-static void take_chunk(xccl_coll_t *coll, int pe) {
+static int take_chunk(xccl_coll_t *coll, int pe) {
     xccl_coll_peer_t *peer = &coll->peers[pe];
     uint64_t bytes = peer->in_bytes - peer->in_done;
     if ((peer->in_mode & XCCL_COLL_STAGED) && bytes > peer->in_chunk)
         bytes = peer->in_chunk;
-    xccl_coll_load(coll, peer->in + peer->in_done, xccl_coll_message_at(coll, pe, peer->in_done), bytes,
-                   peer->in_mode & XCCL_COLL_STREAMED);
+    if (peer->in_mode & XCCL_COLL_CMA)
+        TRY(xccl_coll_load_by_cma(coll, pe, peer->in + peer->in_done, peer->in_offset + peer->in_done, bytes));
+    else
+        xccl_coll_load(coll, peer->in + peer->in_done, xccl_coll_message_at(coll, pe, peer->in_done), bytes,
+                       peer->in_mode & XCCL_COLL_STREAMED);
     peer->in_done += bytes;
     if (peer->in_mode & (XCCL_COLL_STAGED | XCCL_COLL_IN_PLACE))
         xccl_coll_take(coll, pe, 0);
+    return XCCL_OK;
 }
 
 int xccl_coll_deliver(xccl_coll_t *coll) {
@@ -215,7 +224,7 @@ int xccl_coll_deliver(xccl_coll_t *coll) {
         for (int i = 0; i < coll->size - 1; i++) {
             int pe = coll->order[i];
             if (xccl_coll_can_take(coll, pe)) {
-                take_chunk(coll, pe);
+                TRY(take_chunk(coll, pe));
                 moved = true;
             }
             complete = complete && coll->peers[pe].in_done == coll->peers[pe].in_bytes;

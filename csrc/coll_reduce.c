@@ -63,7 +63,8 @@ static uint64_t round_bytes(const reduction_t *r, uint64_t k) {
 static void note_reduction(reduction_t *r, uint64_t ticks) {
     xccl_coll_t *coll = r->coll;
     uint64_t copies = coll->stages && coll->shared ? 1 : (uint64_t)coll->size - 1;
-    xccl_coll_note_load(coll, ticks / copies, round_bytes(r, 0), coll->streams);
+    xccl_coll_note_load(coll, ticks / copies, round_bytes(r, 0),
+                        coll->streams ? XCCL_COLL_BY_STREAM : XCCL_COLL_BY_CACHE);
 }
 
 /* Reduces [at, at+bytes) of the messages, where this rank's own message starts at `own`, to `to`. */

@@ -4,8 +4,8 @@
 #include "coll.h"
 #include "status.h"
 
-/*   signature: | param 40 bits | dtype 8 | reduce 4 | op 8 | mode 4 | */
-enum { OP_SHIFT = 4, REDUCE_SHIFT = 12, DTYPE_SHIFT = 16, PARAM_SHIFT = 24, MAX_TEXT = 192 };
+/*   signature: | param 40 bits | dtype 8 | reduce 4 | op 7 | mode 5 | */
+enum { OP_SHIFT = 5, REDUCE_SHIFT = 12, DTYPE_SHIFT = 16, PARAM_SHIFT = 24, MAX_TEXT = 192 };
 
 static const char *const dtype_names[] = {"float32", "float16",   "bfloat16",   "float64", "bool",   "int8",
                                           "int16",   "int32",     "int64",      "uint8",   "uint16", "uint32",
@@ -39,7 +39,7 @@ const char *xccl_coll_reduce_name(xccl_reduce_op_t op) {
 
 /* "all_reduce(max) of float32, 80 bytes" */
 static void describe(uint64_t signature, uint64_t bytes, char *text, size_t size) {
-    int op = signature >> OP_SHIFT & 0xff, reduce = signature >> REDUCE_SHIFT & 0xf;
+    int op = signature >> OP_SHIFT & 0x7f, reduce = signature >> REDUCE_SHIFT & 0xf;
     uint64_t param = signature >> PARAM_SHIFT;
     int used = snprintf(text, size, "%s", xccl_op_name(op));
     if (op == XCCL_OP_BARRIER)
@@ -60,7 +60,7 @@ int xccl_coll_fail_mismatch(const xccl_coll_t *coll) {
     int pe = coll->differs;
     const xccl_coll_peer_t *peer = &coll->peers[pe];
     const xccl_coll_words_t *header = &coll->different;
-    const char *op = xccl_op_name(coll->signature >> OP_SHIFT & 0xff);
+    const char *op = xccl_op_name(coll->signature >> OP_SHIFT & 0x7f);
     bool refused = (header->signature & XCCL_COLL_MODE_MASK) == XCCL_COLL_REFUSED;
     describe(coll->signature, coll->any_size || refused ? UINT64_MAX : peer->in_bytes, here, sizeof here);
     describe(header->signature, refused ? UINT64_MAX : header->bytes, there, sizeof there);

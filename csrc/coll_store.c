@@ -1,59 +1,68 @@
-/* coll_store.c - whether a message is stored through the caches or around them.
+/* coll_store.c - which way a message takes: stored through the caches or around them, or read by the kernel.
  *
- * Both ranks of a message pay for it: one stores it where the other loads it. If their cores share a cache, ordinary
- * stores are best. If not, each line has to be fetched from the other core's cache, and taken from it again before it
- * is overwritten, which can take five times as long as the way through memory with non-temporal stores. Which of the
- * two it is the topology does not tell: the cores of a virtual machine may lie anywhere, and move. So it is measured,
- * for each size of message: this rank's stores, its loads of what its peers stored likewise, and from time to time the
- * way that is not in use. The way that costs less wins. Only time depends on it. */
+ * Both ranks of a staged message pay for it: one stores it where the other loads it. If their cores share a cache,
+ * ordinary stores are best. If not, each line has to be fetched from the other core's cache, and taken from it again
+ * before it is overwritten, which can take five times as long as the way through memory with non-temporal stores. The
+ * third way (cma.h) copies once, but pays for a system call and for each page, and its sender has to wait for the
+ * receivers. Which is best the topology does not tell: the cores of a virtual machine may lie anywhere, and move. So it
+ * is measured, for each size of message: this rank's stores, its loads of what its peers stored likewise, and from time
+ * to time a way that is not in use. The way that costs least wins. Only time depends on it. */
 #include <stdio.h>
 
+#include "cma.h"
 #include "coll.h"
 #include "copy.h"
 
 enum {
     LEAST_BYTES = 1024, /* shorter copies cost less than their measurement */
-    WINDOW = 8,         /* samples, of which the fastest counts: others were interrupted */
+    TRIALS = 3,         /* operations on each way with which a size begins */
     SAMPLE_EVERY = 4,   /* operations */
-    TRY_EVERY = 64      /* operations: so often the other way is tried */
+    TRY_EVERY = 64      /* operations: so often another way is tried */
 };
 
 /* ---- what is learned ---- */
 
-static void add_sample(xccl_coll_cost_t *cost, uint64_t ticks, uint64_t bytes) {
-    float value = (float)ticks / (float)bytes;
-    if (cost->samples++ % WINDOW == 0) {
-        cost->before = cost->samples == 1 ? value : cost->best;
-        cost->best = value;
+static xccl_coll_costs_t *costs_of(xccl_coll_t *coll, uint64_t bytes, xccl_coll_way_t way) {
+    return &coll->costs[coll->reduces][xccl_cost_class(bytes)][way];
+}
+
+static xccl_coll_way_t way_of(const xccl_coll_t *coll) {
+    return coll->x_by_cma ? XCCL_COLL_BY_CMA : coll->streams ? XCCL_COLL_BY_STREAM : XCCL_COLL_BY_CACHE;
+}
+
+/* Ticks that a byte to one peer costs this rank; 0 if not known. A message that is shared is stored once for all. */
+static float estimate(xccl_coll_t *coll, uint64_t bytes, uint64_t chunk_bytes, xccl_coll_way_t way) {
+    const xccl_coll_costs_t *costs = costs_of(coll, way == XCCL_COLL_BY_CMA ? bytes : chunk_bytes, way);
+    if (costs->load.samples == 0 || way == XCCL_COLL_BY_CMA)
+        return xccl_cost_estimate(&costs->load);
+    float stores = coll->shared ? 1.0f / (float)(coll->size - 1) : 1;
+    return costs->store.samples == 0 ? 0
+                                     : xccl_cost_estimate(&costs->load) + stores * xccl_cost_estimate(&costs->store);
+}
+
+static xccl_coll_way_t best_way(xccl_coll_t *coll, uint64_t bytes, uint64_t chunk_bytes, int ways) {
+    xccl_coll_way_t best = XCCL_COLL_BY_CACHE;
+    for (int way = 0; way < ways; way++) {
+        float cost = estimate(coll, bytes, chunk_bytes, way), least = estimate(coll, bytes, chunk_bytes, best);
+        if (cost > 0 && (least == 0 || cost < least))
+            best = way;
     }
-    cost->best = value < cost->best ? value : cost->best;
+    return best;
 }
 
-/* Ticks a byte; 0 if not known. */
-static float estimate(const xccl_coll_cost_t *cost) {
-    return cost->best < cost->before ? cost->best : cost->before;
-}
-
-static xccl_coll_way_t *way_of(xccl_coll_t *coll, uint64_t bytes, bool streamed) {
-    return &coll->ways[coll->reduces][63 - __builtin_clzll(bytes)][streamed];
-}
-
-/* Streaming is known to cost less, in stores and loads together. */
-static bool streaming_wins(xccl_coll_t *coll, uint64_t bytes) {
-    const xccl_coll_way_t *cached = way_of(coll, bytes, false), *streamed = way_of(coll, bytes, true);
-    if (cached->store.samples == 0 || cached->load.samples == 0 || streamed->store.samples == 0 ||
-        streamed->load.samples == 0)
-        return false;
-    return estimate(&streamed->store) + estimate(&streamed->load) < estimate(&cached->store) + estimate(&cached->load);
-}
-
-void xccl_coll_choose_stores(xccl_coll_t *coll, uint64_t bytes) {
-    coll->streams = coll->samples = false;
+void xccl_coll_choose_way(xccl_coll_t *coll, uint64_t bytes, bool cma) {
+    uint64_t chunk_bytes = bytes < coll->chunk_bytes ? bytes : coll->chunk_bytes;
+    coll->streams = coll->samples = coll->x_by_cma = false;
     if (coll->size == 1 || bytes < LEAST_BYTES)
         return;
-    uint64_t turn = way_of(coll, bytes, false)->operations++;
-    bool tries = turn < 2 * WINDOW ? turn % 2 == 1 : turn % TRY_EVERY == 0;
-    coll->streams = streaming_wins(coll, bytes) != tries;
+    int ways = cma ? XCCL_COLL_WAYS : XCCL_COLL_BY_CMA;
+    uint64_t turn = costs_of(coll, bytes, XCCL_COLL_BY_CACHE)->operations++;
+    bool tries = turn < TRIALS * (uint64_t)ways || turn % TRY_EVERY == 0;
+    xccl_coll_way_t way = turn < TRIALS * (uint64_t)ways ? turn % ways
+                          : tries                        ? turn / TRY_EVERY % ways
+                                                         : best_way(coll, bytes, chunk_bytes, ways);
+    coll->streams = way == XCCL_COLL_BY_STREAM;
+    coll->x_by_cma = way == XCCL_COLL_BY_CMA;
     coll->samples = tries || turn % SAMPLE_EVERY == 1;
 }
 
@@ -71,12 +80,12 @@ void xccl_coll_store(xccl_coll_t *coll, int pe, uint64_t offset, const void *fro
     uint64_t start = coll->samples ? xccl_ticks() : 0;
     xccl_coll_copy(to, from, bytes, coll->streams);
     if (coll->samples && bytes >= LEAST_BYTES)
-        add_sample(&way_of(coll, bytes, coll->streams)->store, xccl_ticks() - start, bytes);
+        xccl_cost_add(&costs_of(coll, bytes, way_of(coll))->store, xccl_ticks() - start, bytes);
 }
 
-void xccl_coll_note_load(xccl_coll_t *coll, uint64_t ticks, uint64_t bytes, bool streamed) {
+void xccl_coll_note_load(xccl_coll_t *coll, uint64_t ticks, uint64_t bytes, xccl_coll_way_t way) {
     if (bytes >= LEAST_BYTES)
-        add_sample(&way_of(coll, bytes, streamed)->load, ticks, bytes);
+        xccl_cost_add(&costs_of(coll, bytes, way)->load, ticks, bytes);
 }
 
 void xccl_coll_load(xccl_coll_t *coll, void *to, const void *from, uint64_t bytes, bool streamed) {
@@ -84,7 +93,15 @@ void xccl_coll_load(xccl_coll_t *coll, void *to, const void *from, uint64_t byte
     uint64_t start = samples ? xccl_ticks() : 0;
     xccl_coll_copy(to, from, bytes, coll->out_beyond_cache);
     if (samples)
-        xccl_coll_note_load(coll, xccl_ticks() - start, bytes, streamed);
+        xccl_coll_note_load(coll, xccl_ticks() - start, bytes, streamed ? XCCL_COLL_BY_STREAM : XCCL_COLL_BY_CACHE);
+}
+
+int xccl_coll_load_by_cma(xccl_coll_t *coll, int pe, void *to, uint64_t address, uint64_t bytes) {
+    uint64_t start = xccl_ticks();
+    int status = xccl_cma_read(coll->world, coll->comm->ranks[pe], to, address, bytes);
+    if (status == XCCL_OK)
+        xccl_coll_note_load(coll, xccl_ticks() - start, bytes, XCCL_COLL_BY_CMA);
+    return status;
 }
 
 /* ---- the size of the last-level cache ---- */

@@ -210,6 +210,7 @@ int xccl_comm_agree(xccl_comm_t *comm, const void *mine, void *all, int64_t dead
 /* ---- checks ---- */
 
 int xccl_comm_check(const xccl_comm_t *comm) {
+    xccl_chaos_call(comm->world);
     int status = xccl_check_usable(comm->world);
     if (status == XCCL_OK && comm->broken)
         return xccl_fail(
@@ -229,11 +230,7 @@ int xccl_comm_check_pe(const xccl_comm_t *comm, int pe, const char *operation) {
 int xccl_comm_fail_damaged(const xccl_comm_t *comm, int pe, const char *field, uint64_t got, uint64_t least,
                            uint64_t most) {
     int op = atomic_load_explicit(&comm->world->ranks[comm->world->rank].operation, memory_order_relaxed);
-    return xccl_fail(XCCL_ERR_SYSTEM,
-                     "%s on rank %d: damaged shared memory: %s from rank %d is %llu, expected %llu to %llu; a store of "
-                     "some rank went astray: AddressSanitizer or a debugger's watchpoint may show whose",
-                     xccl_op_name(op), comm->rank, field, pe, (unsigned long long)got, (unsigned long long)least,
-                     (unsigned long long)most);
+    return xccl_fail_damaged(xccl_op_name(op), comm->rank, pe, field, got, least, most);
 }
 
 int xccl_comm_settle(xccl_comm_t *comm, int status) {

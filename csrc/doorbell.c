@@ -8,6 +8,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "chaos.h"
+
 /*   sleeper                                              ringer
  *   bell = load(bell)                                    store the word that is waited for
  *   sleeping = ASLEEP                                    fence
@@ -100,11 +102,13 @@ static void ring(xccl_world_t *world, int rank) {
 }
 
 void xccl_ring(xccl_world_t *world, int rank) {
+    xccl_chaos_pause(world, XCCL_CHAOS_RING);
     fence(world);
     ring(world, rank);
 }
 
 void xccl_ring_members(xccl_world_t *world, const int *ranks, int count) {
+    xccl_chaos_pause(world, XCCL_CHAOS_RING);
     fence(world);
     for (int i = 0; i < count; i++)
         if (ranks[i] != world->rank)

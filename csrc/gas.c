@@ -65,7 +65,11 @@ static int resolve(const xccl_comm_t *comm, const void *address, uint64_t bytes,
 
 int xccl_gas_ptr(const xccl_comm_t *comm, const void *symmetric, uint64_t bytes, int pe, void **out) {
     int status = xccl_comm_check(comm);
-    return status == XCCL_OK ? resolve(comm, symmetric, bytes, pe, "ptr", out) : status;
+    if (status == XCCL_OK)
+        status = resolve(comm, symmetric, bytes, pe, "ptr", out);
+    if (status == XCCL_OK)
+        xccl_chaos_expose(comm->world, comm->ranks[pe], *out, bytes);
+    return status;
 }
 
 /* ---- put and get ---- */
@@ -77,6 +81,11 @@ static void move(const xccl_world_t *world, void *to, const void *from, uint64_t
         memmove(to, from, bytes);
     else
         xccl_copy_part(to, from, bytes, bytes, world->streaming_bytes);
+}
+
+static inline void put(xccl_world_t *world, int rank, void *to, const void *from, uint64_t bytes) {
+    if (!xccl_chaos_holds(world, rank, to, from, bytes))
+        move(world, to, from, bytes);
 }
 
 /* Tells the race checker. `put`: XCCL_RACE_PUT if the write is a put. */
@@ -91,9 +100,11 @@ int xccl_gas_put(xccl_comm_t *comm, void *dst, const void *src, uint64_t bytes, 
     if (status == XCCL_OK)
         status = resolve(comm, dst, bytes, pe, "put", &remote);
     if (status == XCCL_OK)
+        status = xccl_fault_point(comm->world, XCCL_RACE_OP_PUT, 0);
+    if (status == XCCL_OK)
         status = note_move(comm->world, remote, src, bytes, XCCL_RACE_PUT, XCCL_RACE_OP_PUT);
     if (status == XCCL_OK)
-        move(comm->world, remote, src, bytes);
+        put(comm->world, comm->ranks[pe], remote, src, bytes);
     return status;
 }
 
@@ -103,28 +114,36 @@ int xccl_gas_get(xccl_comm_t *comm, void *dst, const void *src, uint64_t bytes, 
     if (status == XCCL_OK)
         status = resolve(comm, src, bytes, pe, "get", &remote);
     if (status == XCCL_OK)
-        status = note_move(comm->world, dst, remote, bytes, 0, XCCL_RACE_OP_GET);
+        status = xccl_fault_point(comm->world, XCCL_RACE_OP_GET, 0);
     if (status == XCCL_OK)
-        move(comm->world, dst, remote, bytes);
-    return status;
+        status = note_move(comm->world, dst, remote, bytes, 0, XCCL_RACE_OP_GET);
+    if (status != XCCL_OK)
+        return status;
+    xccl_chaos_read(comm->world, comm->ranks[pe], remote, bytes);
+    move(comm->world, dst, remote, bytes);
+    return XCCL_OK;
 }
 
 int xccl_gas_sync(xccl_comm_t *comm, int64_t timeout_ns) {
     int status = xccl_comm_check(comm);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(comm->world, XCCL_OP_BARRIER);
+    status = xccl_op_begin(comm->world, XCCL_OP_BARRIER);
+    if (status != XCCL_OK)
+        return status;
     return xccl_comm_settle(comm, xccl_comm_sync(comm, xccl_deadline(comm->world, timeout_ns)));
 }
 
 void xccl_gas_fence(xccl_comm_t *comm) {
     xccl_race_fence(comm->world);
+    xccl_chaos_fence(comm->world);
     /* puts are plain stores of this thread: a release fence keeps them before every later store */
     atomic_thread_fence(memory_order_release);
 }
 
 void xccl_gas_quiet(xccl_comm_t *comm) {
     xccl_race_quiet(comm->world);
+    xccl_chaos_order(comm->world, XCCL_CHAOS_ALL, memory_order_seq_cst);
     atomic_thread_fence(memory_order_seq_cst);
 }
 
@@ -134,7 +153,10 @@ static int apply_signal(xccl_comm_t *comm, void *word, uint64_t value, xccl_sign
     int status = xccl_race_touch(comm->world, word, sizeof value, XCCL_RACE_WRITE | XCCL_RACE_ATOMIC, race_op);
     if (status != XCCL_OK)
         return status;
+    xccl_chaos_order(comm->world, comm->ranks[pe], memory_order_release);
     xccl_race_word_t *held = xccl_race_hold(comm->world, word);
+    if (!xccl_faults_are_off(comm->world))
+        value ^= xccl_fault_damage(comm->world, word, true);
     /* release pairs with the acquire in wait_until: who sees the signal sees all earlier puts */
     if (op == XCCL_SIGNAL_ADD)
         atomic_fetch_add_explicit((_Atomic uint64_t *)word, value, memory_order_release);
@@ -161,12 +183,14 @@ int xccl_gas_put_signal(xccl_comm_t *comm, void *dst, const void *src, uint64_t 
         status = resolve(comm, signal, sizeof *signal, pe, "put_signal", &word);
     if (status == XCCL_OK)
         status = check_word(signal, sizeof *signal, "put_signal");
+    if (status == XCCL_OK)
+        status = xccl_fault_point(comm->world, XCCL_RACE_OP_PUT_SIGNAL, 0);
     if (status != XCCL_OK)
         return status;
     status = note_move(comm->world, remote, src, bytes, XCCL_RACE_PUT, XCCL_RACE_OP_PUT_SIGNAL);
     if (status != XCCL_OK)
         return status;
-    move(comm->world, remote, src, bytes);
+    put(comm->world, comm->ranks[pe], remote, src, bytes);
     return apply_signal(comm, word, value, op, pe, XCCL_RACE_OP_PUT_SIGNAL);
 }
 
@@ -177,6 +201,8 @@ int xccl_gas_signal_op(xccl_comm_t *comm, uint64_t *signal, uint64_t value, xccl
         status = resolve(comm, signal, sizeof *signal, pe, "signal_op", &word);
     if (status == XCCL_OK)
         status = check_word(signal, sizeof *signal, "signal_op");
+    if (status == XCCL_OK)
+        status = xccl_fault_point(comm->world, XCCL_RACE_OP_SIGNAL_OP, 0);
     return status == XCCL_OK ? apply_signal(comm, word, value, op, pe, XCCL_RACE_OP_SIGNAL_OP) : status;
 }
 
@@ -230,7 +256,9 @@ int xccl_gas_wait_until(xccl_comm_t *comm, uint64_t *signal, xccl_cmp_t cmp, uin
         status = xccl_fail(XCCL_ERR_USAGE, "wait_until: unknown comparison %d", (int)cmp);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(comm->world, XCCL_OP_WAIT_UNTIL);
+    status = xccl_op_begin(comm->world, XCCL_OP_WAIT_UNTIL);
+    if (status != XCCL_OK)
+        return status;
     comparison_t comparison = {.word = word, .cmp = cmp, .value = value};
     xccl_wait_t wait = {.ready = compares, .awaited = comparison_awaited, .arg = &comparison};
     status = xccl_wait(comm->world, &wait, xccl_deadline(comm->world, timeout_ns));
@@ -280,6 +308,8 @@ int xccl_gas_atomic(xccl_comm_t *comm, void *target, int width, xccl_atomic_op_t
         status = resolve(comm, target, (uint64_t)width, pe, "atomic", &word);
     if (status == XCCL_OK)
         status = check_word(target, width, "atomic");
+    if (status == XCCL_OK)
+        status = xccl_fault_point(comm->world, XCCL_RACE_OP_ATOMIC, 0);
     if (status != XCCL_OK)
         return status;
     if (op != XCCL_ATOMIC_FETCH)
@@ -287,6 +317,7 @@ int xccl_gas_atomic(xccl_comm_t *comm, void *target, int width, xccl_atomic_op_t
                                  XCCL_RACE_OP_ATOMIC);
     if (status != XCCL_OK)
         return status;
+    xccl_chaos_order(comm->world, XCCL_CHAOS_ALL, memory_order_seq_cst);
     xccl_race_word_t *held = xccl_race_hold(comm->world, word);
     *out_old = width == 4 ? atomic_4(word, op, value, compare) : atomic_8(word, op, value, compare);
     if (held)

@@ -8,7 +8,9 @@
 
 #include <string.h>
 
+#include "chaos.h"
 #include "comm.h"
+#include "faults.h"
 #include "shm.h"
 
 /* The paper's 32-byte metadata field; one per (peer, channel), alone on its 64-byte line.
@@ -36,19 +38,34 @@ static inline void *xccl_gas_at(const xccl_world_t *world, int rank, uint64_t of
     return world->windows + (uint64_t)rank * world->stride + offset;
 }
 
+/* Begins to fetch the line at (rank, offset) for a store to come. Changes nothing but time. */
+static inline void xccl_gas_expect_to_write(const xccl_world_t *world, int rank, uint64_t offset) {
+    void *line = xccl_gas_at(world, rank, offset);
+#if defined(__x86_64__)
+    __asm__ volatile("prefetchw %0" : : "m"(*(char *)line)); /* the builtin needs a compiler flag for it */
+#else
+    __builtin_prefetch(line, 1);
+#endif
+}
+
 /* Copies into / out of a peer's window. Unordered until a signal function or fence. */
 static inline void xccl_gas_put_at(xccl_world_t *world, int rank, uint64_t offset, const void *src, uint64_t bytes) {
-    memcpy(xccl_gas_at(world, rank, offset), src, bytes);
+    void *to = xccl_gas_at(world, rank, offset);
+    if (!xccl_chaos_holds(world, rank, to, src, bytes))
+        memcpy(to, src, bytes);
 }
 static inline void xccl_gas_get_at(xccl_world_t *world, void *dst, int rank, uint64_t offset, uint64_t bytes) {
-    memcpy(dst, xccl_gas_at(world, rank, offset), bytes);
+    const void *from = xccl_gas_at(world, rank, offset);
+    xccl_chaos_read(world, rank, from, bytes);
+    memcpy(dst, from, bytes);
 }
 
 /* Stores `value` in the signal word at (rank, offset). Release: all earlier puts are visible to who sees it. */
 static inline void xccl_gas_signal_at(xccl_world_t *world, int rank, uint64_t offset, uint64_t value) {
     _Atomic uint64_t *word = xccl_gas_at(world, rank, offset);
+    value = xccl_fault_published(world, word, value);
     /* release pairs with the acquire load of the rank's wait */
-    atomic_store_explicit(word, value, memory_order_release);
+    XCCL_PUBLISH(world, word, value, memory_order_release);
     xccl_ring(world, rank);
 }
 
@@ -59,8 +76,9 @@ static inline void xccl_gas_field_at(xccl_world_t *world, int rank, uint64_t at,
     field->offset = offset;
     field->count = count;
     field->time = time;
+    event_id = xccl_fault_published(world, field, event_id);
     /* release pairs with the acquire load of event_id: the reader then sees the three words and all earlier puts */
-    atomic_store_explicit(&field->event_id, event_id, memory_order_release);
+    XCCL_PUBLISH(world, &field->event_id, event_id, memory_order_release);
     xccl_ring(world, rank);
 }
 
@@ -68,6 +86,7 @@ static inline void xccl_gas_field_at(xccl_world_t *world, int rank, uint64_t at,
 static inline uint64_t xccl_gas_compare_swap_at(xccl_world_t *world, int rank, uint64_t offset, uint64_t compare,
                                                 uint64_t value) {
     _Atomic uint64_t *word = xccl_gas_at(world, rank, offset);
+    xccl_chaos_order(world, XCCL_CHAOS_ALL, memory_order_seq_cst);
     if (atomic_compare_exchange_strong(word, &compare, value))
         xccl_ring(world, rank);
     return compare;

@@ -296,7 +296,9 @@ int xccl_heap_alloc(xccl_comm_t *comm, xccl_area_t area, uint64_t bytes, int fla
     int status = xccl_comm_check(comm);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(comm->world, XCCL_OP_ALLOC);
+    status = xccl_op_begin(comm->world, XCCL_OP_ALLOC);
+    if (status != XCCL_OK)
+        return status;
     /* an empty array still gets an address of its own */
     return xccl_comm_settle(
         comm, allocate(comm, area, bytes ? bytes : 1, flags, tag, xccl_deadline(comm->world, timeout_ns), out_offset));
@@ -312,7 +314,9 @@ int xccl_heap_free(xccl_comm_t *comm, xccl_area_t area, uint64_t offset, int64_t
         return xccl_fail(XCCL_ERR_USAGE,
                          "rank %d: free of memory that this communicator did not allocate, or that is freed already",
                          world->rank);
-    xccl_op_begin(world, XCCL_OP_FREE);
+    status = xccl_op_begin(world, XCCL_OP_FREE);
+    if (status != XCCL_OK)
+        return status;
     uint64_t end = world->header->area_offset[area] + world->header->area_bytes[area];
     uint64_t bytes = xccl_gas_read(&block->bytes);
     bytes = bytes <= end - offset ? bytes : end - offset;

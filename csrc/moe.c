@@ -3,7 +3,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "cache.h"
 #include "status.h"
 #include "wait.h"
 
@@ -113,6 +112,8 @@ xccl_moe_handle_t *xccl_moe_handle_new(const xccl_moe_t *moe, int64_t num_tokens
     *handle = (xccl_moe_handle_t){
         .moe = moe,
         .num_tokens = num_tokens,
+        .num_topk = moe->config.num_topk,
+        .on_missing = moe->config.on_missing,
         .row_start = (uint64_t *)(memory + row_start),
         .expert = (int32_t *)(memory + expert),
         .position = (uint32_t *)(memory + position),
@@ -134,88 +135,27 @@ void xccl_moe_handle_free(xccl_moe_handle_t *handle) {
 
 /* ---- open ---- */
 
-/* What all members must agree on, exchanged at open. */
-typedef struct agreed_t {
-    int64_t num_experts, hidden, num_topk, num_max_tokens, dtype, quant;
-    uint64_t map_hash;
-} agreed_t;
-_Static_assert(sizeof(agreed_t) <= XCCL_AGREE_BYTES, "fits an agreement slot");
-
-static uint64_t fnv1a(const void *data, size_t bytes) {
-    uint64_t hash = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < bytes; i++)
-        hash = (hash ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
-    return hash;
-}
-
-static int compare_member(const xccl_comm_t *comm, int rank, const agreed_t *mine, const agreed_t *theirs) {
-    const struct {
-        const char *name;
-        int64_t mine, theirs;
-    } numbers[] = {
-        {"num_experts", mine->num_experts, theirs->num_experts},
-        {"hidden", mine->hidden, theirs->hidden},
-        {"num_topk", mine->num_topk, theirs->num_topk},
-        {"num_max_tokens_per_rank", mine->num_max_tokens, theirs->num_max_tokens},
-        {"dtype (0 float32, 1 float16, 2 bfloat16)", mine->dtype, theirs->dtype},
-        {"quant (0 None, 1 int8)", mine->quant, theirs->quant},
-    };
-    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
-        if (numbers[i].mine != numbers[i].theirs)
-            return xccl_fail(XCCL_ERR_USAGE,
-                             "ExpertParallel: %s is %lld on rank %d and %lld on rank %d, it must be equal on all ranks",
-                             numbers[i].name, (long long)numbers[i].mine, comm->rank, (long long)numbers[i].theirs,
-                             rank);
-    if (mine->map_hash != theirs->map_hash)
-        return xccl_fail(
-            XCCL_ERR_USAGE,
-            "ExpertParallel: expert_map differs between rank %d and rank %d, it must be equal on all ranks", comm->rank,
-            rank);
-    return XCCL_OK;
-}
-
-static int agree_on_config(xccl_comm_t *comm, const xccl_moe_config_t *config, const int32_t *owner, int64_t deadline) {
-    agreed_t mine = {config->num_experts,
-                     config->hidden,
-                     config->num_topk,
-                     config->num_max_tokens,
-                     (int64_t)config->dtype,
-                     (int64_t)config->quant,
-                     fnv1a(owner, (size_t)config->num_experts * sizeof *owner)};
-    unsigned char record[XCCL_AGREE_BYTES] = {0};
-    memcpy(record, &mine, sizeof mine);
-    unsigned char *all = malloc((size_t)comm->size * XCCL_AGREE_BYTES);
-    if (!all)
-        return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory to open a group of %d", comm->rank, comm->size);
-    int status = xccl_comm_agree(comm, record, all, deadline);
-    for (int rank = 0; rank < comm->size && status == XCCL_OK; rank++) {
-        agreed_t theirs;
-        memcpy(&theirs, all + (size_t)rank * XCCL_AGREE_BYTES, sizeof theirs);
-        status = compare_member(comm, rank, &mine, &theirs);
-    }
-    free(all);
-    return status;
-}
-
 static int allocate_tables(xccl_moe_t *moe) {
     size_t num_experts = (size_t)moe->config.num_experts, size = (size_t)moe->comm->size;
     size_t num_topk = (size_t)moe->config.num_topk;
     moe->owner = malloc(num_experts * sizeof *moe->owner);
+    moe->route = malloc(num_experts * sizeof *moe->route);
+    moe->alive = malloc(size * sizeof *moe->alive);
     moe->local_index = malloc(num_experts * sizeof *moe->local_index);
     moe->num_experts_of = calloc(size, sizeof *moe->num_experts_of);
     moe->dest = malloc(size * sizeof *moe->dest);
     moe->expert_count = malloc(num_experts * sizeof *moe->expert_count);
     moe->quantized = malloc((size_t)moe->config.hidden);
-    moe->cursor = malloc(num_experts * sizeof *moe->cursor);
-    moe->places = malloc(num_topk * sizeof *moe->places);
+    moe->puller.cursor = malloc(num_experts * sizeof *moe->puller.cursor);
+    moe->puller.places = malloc(num_topk * sizeof *moe->puller.places);
     moe->outputs = malloc(size * sizeof *moe->outputs);
     moe->terms = malloc(num_topk * sizeof *moe->terms);
     moe->term_weights = malloc(num_topk * sizeof *moe->term_weights);
-    for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++)
-        moe->arrived[parity].first = calloc(size + 1, sizeof *moe->arrived[parity].first);
-    if (!moe->owner || !moe->local_index || !moe->num_experts_of || !moe->dest || !moe->expert_count ||
-        !moe->quantized || !moe->cursor || !moe->places || !moe->outputs || !moe->terms || !moe->term_weights ||
-        !moe->arrived[0].first || !moe->arrived[1].first)
+    bool arrived = xccl_moe_arrived_new(&moe->arrived[0], moe->comm->size) &&
+                   xccl_moe_arrived_new(&moe->arrived[1], moe->comm->size);
+    if (!arrived || !moe->owner || !moe->route || !moe->alive || !moe->local_index || !moe->num_experts_of ||
+        !moe->dest || !moe->expert_count || !moe->quantized || !moe->puller.cursor || !moe->puller.places ||
+        !moe->outputs || !moe->terms || !moe->term_weights)
         return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory for the tables of %zu experts", moe->comm->rank,
                          num_experts);
     return XCCL_OK;
@@ -223,58 +163,40 @@ static int allocate_tables(xccl_moe_t *moe) {
 
 static void free_tables(xccl_moe_t *moe) {
     free(moe->owner);
+    free(moe->route);
+    free(moe->alive);
     free(moe->local_index);
     free(moe->num_experts_of);
     free(moe->dest);
     free(moe->expert_count);
     free(moe->quantized);
-    free(moe->cursor);
-    free(moe->places);
+    free(moe->puller.cursor);
+    free(moe->puller.places);
     free(moe->outputs);
     free((void *)moe->terms);
     free(moe->term_weights);
-    for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++) {
-        free(moe->arrived[parity].first);
-        free(moe->arrived[parity].entries);
-    }
+    for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++)
+        xccl_moe_arrived_free(&moe->arrived[parity]);
 }
 
-/* Numbers each owner's experts in their order. */
+/* Numbers each owner's experts in their order. All owners are alive. */
 static void index_experts(xccl_moe_t *moe, const int32_t *owner) {
     memcpy(moe->owner, owner, (size_t)moe->config.num_experts * sizeof *owner);
     for (int64_t e = 0; e < moe->config.num_experts; e++)
-        moe->local_index[e] = (int32_t)moe->num_experts_of[owner[e]]++;
+        moe->local_index[e] = owner[e] < 0 ? -1 : (int32_t)moe->num_experts_of[owner[e]]++;
+    memset(moe->alive, true, (size_t)moe->comm->size * sizeof *moe->alive);
+    xccl_moe_route(moe);
 }
 
-/* Received rows up to this are written through the caches, for combine to find them there; what follows goes past
- * them. A quarter of the last-level cache for the rows of all ranks leaves room for what they are made from and what
- * the caller makes of them. */
-static uint64_t cached_bytes(const xccl_world_t *world) {
-    return xccl_cache_bytes() / 4 / (uint64_t)world->size;
-}
-
-static int allocate_blocks(xccl_moe_t *moe, int64_t timeout_ns) {
-    const struct {
-        xccl_area_t area;
-        uint64_t bytes;
-        int flags;
-        uint64_t *offset;
-    } blocks[] = {
-        {XCCL_AREA_META, moe->layout.bytes.metadata, XCCL_HEAP_COMMIT, &moe->metadata},
-        {XCCL_AREA_MANAGED, moe->layout.bytes.staging, XCCL_HEAP_ADDRESS_ONLY, &moe->staging},
-        {XCCL_AREA_MANAGED, moe->layout.bytes.pool, XCCL_HEAP_ADDRESS_ONLY, &moe->pool},
-    };
-    for (int i = 0; i < 3; i++) {
-        int status = xccl_heap_alloc(moe->comm, blocks[i].area, blocks[i].bytes, blocks[i].flags, (uint64_t)i,
-                                     timeout_ns, blocks[i].offset);
-        if (status == XCCL_OK)
-            continue;
-        /* unless the members have lost step, it failed on all alike and all give back what they had */
-        while (i-- > 0 && !moe->comm->broken)
-            xccl_heap_free(moe->comm, blocks[i].area, *blocks[i].offset, timeout_ns);
-        return status;
-    }
-    return XCCL_OK;
+static void describe_pulls(xccl_moe_t *moe) {
+    moe->puller.operation = "dispatch";
+    moe->puller.rank = moe->comm->rank;
+    moe->puller.kernel = moe->kernel;
+    moe->puller.dtype = moe->config.dtype;
+    moe->puller.hidden = (uint64_t)moe->config.hidden;
+    moe->puller.staged_bytes = moe->layout.staged_bytes;
+    moe->puller.num_topk = (uint64_t)moe->config.num_topk;
+    moe->puller.num_local = xccl_moe_num_local(moe);
 }
 
 static int open_group(xccl_moe_t *moe, const int32_t *owner, int64_t timeout_ns) {
@@ -282,21 +204,23 @@ static int open_group(xccl_moe_t *moe, const int32_t *owner, int64_t timeout_ns)
     int status = xccl_moe_layout(&moe->config, comm->size, owner, &moe->layout);
     if (status != XCCL_OK)
         return status;
-    moe->kernel = xccl_kernel_get(moe->config.simd);
-    if (!moe->kernel)
-        return xccl_fail(
-            XCCL_ERR_USAGE,
-            "ExpertParallel: this processor lacks the vector instructions asked for (XCCL_SIMD=%s): use auto",
-            moe->config.simd == XCCL_SIMD_AVX2 ? "avx2" : "avx512");
-    status = allocate_tables(moe);
+    status = xccl_moe_kernel("ExpertParallel", moe->config.simd, &moe->kernel);
+    if (status == XCCL_OK)
+        status = allocate_tables(moe);
     if (status != XCCL_OK)
         return status;
     index_experts(moe, owner);
-    moe->cached_bytes = cached_bytes(comm->world);
-    xccl_op_begin(comm->world, XCCL_OP_EP_OPEN);
+    describe_pulls(moe);
+    moe->cached_bytes = xccl_moe_cached_bytes(comm->world);
+    status = xccl_op_begin(comm->world, XCCL_OP_EP_OPEN);
+    if (status != XCCL_OK)
+        return status;
+    xccl_moe_terms_t terms = xccl_moe_terms(&moe->config, owner);
     int64_t deadline = xccl_deadline(comm->world, timeout_ns);
-    status = xccl_comm_settle(comm, agree_on_config(comm, &moe->config, owner, deadline));
-    return status == XCCL_OK ? allocate_blocks(moe, timeout_ns) : status;
+    status = xccl_comm_settle(comm, xccl_moe_agree(comm, "ExpertParallel", &terms, deadline));
+    if (status != XCCL_OK)
+        return status;
+    return xccl_moe_take_blocks(comm, &moe->layout.bytes, timeout_ns, &moe->blocks);
 }
 
 int xccl_moe_open(xccl_comm_t *comm, const xccl_moe_config_t *config, const int32_t *owner, int64_t timeout_ns,
@@ -319,26 +243,11 @@ int xccl_moe_open(xccl_comm_t *comm, const xccl_moe_config_t *config, const int3
 }
 
 void xccl_moe_pool(const xccl_moe_t *moe, uint64_t *out_offset, uint64_t *out_bytes) {
-    *out_offset = moe->pool;
+    *out_offset = moe->blocks.pool;
     *out_bytes = moe->layout.bytes.pool;
 }
 
 /* ---- close ---- */
-
-/* True if any member wants to keep the pool. */
-static int agree_on_pool(xccl_comm_t *comm, int keep_pool, int64_t deadline, bool *out_keep) {
-    unsigned char record[XCCL_AGREE_BYTES] = {keep_pool != 0};
-    unsigned char *all = malloc((size_t)comm->size * XCCL_AGREE_BYTES);
-    if (!all)
-        return xccl_fail(XCCL_ERR_MEMORY, "rank %d has no memory to close a group of %d", comm->rank, comm->size);
-    int status = xccl_comm_agree(comm, record, all, deadline);
-    bool keep = false;
-    for (int rank = 0; rank < comm->size && status == XCCL_OK; rank++)
-        keep |= all[(size_t)rank * XCCL_AGREE_BYTES] != 0;
-    free(all);
-    *out_keep = keep;
-    return status;
-}
 
 int xccl_moe_close(xccl_moe_t *moe, int keep_pool, int64_t timeout_ns) {
     xccl_comm_t *comm = moe->comm;
@@ -351,15 +260,7 @@ int xccl_moe_close(xccl_moe_t *moe, int keep_pool, int64_t timeout_ns) {
     if (in_flight)
         return xccl_fail(XCCL_ERR_USAGE, "close on rank %d: %d operations are in flight: call their hooks first",
                          comm->rank, in_flight);
-    bool keep = false;
-    status = xccl_comm_settle(comm, agree_on_pool(comm, keep_pool, xccl_deadline(comm->world, timeout_ns), &keep));
-    /* xccl_heap_free returns when all members have come: nobody pulls from the blocks any more */
-    if (status == XCCL_OK && !keep)
-        status = xccl_heap_free(comm, XCCL_AREA_MANAGED, moe->pool, timeout_ns);
-    if (status == XCCL_OK)
-        status = xccl_heap_free(comm, XCCL_AREA_MANAGED, moe->staging, timeout_ns);
-    if (status == XCCL_OK)
-        status = xccl_heap_free(comm, XCCL_AREA_META, moe->metadata, timeout_ns);
+    status = xccl_moe_give_blocks(comm, &moe->blocks, keep_pool, timeout_ns);
     if (status == XCCL_OK)
         xccl_moe_discard(moe);
     return status;

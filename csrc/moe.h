@@ -24,6 +24,8 @@
 #include "comm.h"
 #include "gas.h"
 #include "kernel.h"
+#include "moe_open.h"
+#include "moe_pull.h"
 #include "racecheck.h"
 
 enum { XCCL_MOE_PARITIES = 2, XCCL_MOE_POOL_BUFFERS = 2 };
@@ -55,13 +57,11 @@ typedef struct xccl_moe_layout_t {
 /* USAGE for a bad configuration or one whose sizes leave 62 bits. */
 int xccl_moe_layout(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner, xccl_moe_layout_t *out);
 
-/* One row that a destination has to place: a token that chose one of its experts. A source's entries are in the
- * order of (token, slot), so its rows for an expert are placed in the order in which they are found here. */
-typedef struct xccl_moe_entry_t {
-    uint32_t token; /* also the index of its staged row and scale */
-    uint32_t local_expert;
-} xccl_moe_entry_t;
-_Static_assert(sizeof(xccl_moe_entry_t) == 8, "an entry is read by peers");
+/* USAGE naming `who` for a number out of range, or an owner that is none of the ranks. */
+int xccl_moe_check_config(const char *who, const xccl_moe_config_t *config, int num_ranks, const int32_t *owner);
+
+/* The highest count of experts at one owner. */
+uint64_t xccl_moe_most_experts(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner);
 
 static inline uint64_t xccl_moe_lines(uint64_t bytes) {
     return (bytes + XCCL_LINE - 1) / XCCL_LINE * XCCL_LINE;
@@ -73,13 +73,6 @@ typedef struct xccl_moe_dest_t {
     uint64_t offset;        /* of its entries in the own window */
     xccl_moe_entry_t *next; /* where the next one goes */
 } xccl_moe_dest_t;
-
-/* The entries that came with a dispatch, copied and checked before anything depends on them. */
-typedef struct xccl_moe_arrived_t {
-    uint64_t *first; /* [R + 1] where those of each source begin */
-    xccl_moe_entry_t *entries;
-    uint64_t room; /* entries that there is memory for */
-} xccl_moe_arrived_t;
 
 /* Where combine finds the outputs of one member. */
 typedef struct xccl_moe_outputs_t {
@@ -105,12 +98,15 @@ struct xccl_moe_handle_t {
     uint64_t combine_epoch;
     int64_t num_tokens;
     int64_t num_recv;
+    int64_t num_topk;
+    int64_t num_missing; /* slots whose expert had no live rank at the dispatch */
+    xccl_on_missing_t on_missing;
     bool weighted;
     bool in_place; /* y is read in the caller's array */
     bool streams;  /* rows were written past the caches */
     int64_t pull_ns;
     uint64_t *row_start; /* [R][num_local_experts]: first received row of a source for an expert */
-    int32_t *expert;     /* [num_tokens][num_topk], -1: none */
+    int32_t *expert;     /* [num_tokens][num_topk], -1: none, below: missing, see xccl_moe_missed */
     uint32_t *position;  /* [num_tokens][num_topk]: index among the own rows for that expert */
     float *weights;      /* [num_tokens][num_topk] */
 };
@@ -120,7 +116,7 @@ struct xccl_moe_t {
     xccl_moe_config_t config;
     xccl_moe_layout_t layout;
     const xccl_kernel_t *kernel;
-    uint64_t metadata, staging, pool; /* offsets of the blocks in every window */
+    xccl_moe_blocks_t blocks;
     uint64_t cached_bytes;   /* of received rows that are written through the caches, unless all go past them */
     bool streams;            /* what the last dispatch did with its rows: stages follow it */
     float store_cost[64][2]; /* ns a byte by log2 of the bytes; through the caches, past them; 0 unknown */
@@ -131,17 +127,18 @@ struct xccl_moe_t {
     uint64_t combine_reserved[XCCL_MOE_PARITIES];
     bool broken; /* members disagree on epochs */
 
-    int32_t *owner;           /* [num_experts] member that holds it */
+    int32_t *owner;           /* [num_experts] member that holds it, -1: nobody */
+    int32_t *route;           /* [num_experts] where dispatch sends its tokens: the owner if alive, else -1 */
+    bool *alive;              /* [R] what xccl_moe_set_alive agreed on */
     int32_t *local_index;     /* [num_experts] index among its owner's experts */
     uint64_t *num_experts_of; /* [R] */
 
+    xccl_moe_puller_t puller;
     xccl_moe_arrived_t arrived[XCCL_MOE_PARITIES]; /* of the dispatches that are being received */
 
     xccl_moe_dest_t *dest;       /* [R] scratch of the send half */
     uint32_t *expert_count;      /* [num_experts] scratch of the send half */
     int8_t *quantized;           /* [hidden] scratch of the send half */
-    uint64_t *cursor;            /* [num_local_experts] scratch of pull: next row of an expert */
-    unsigned char **places;      /* [num_topk] scratch of pull: where one token goes */
     xccl_moe_outputs_t *outputs; /* [R] scratch of combine */
     const void **terms;          /* [num_topk] scratch of combine */
     float *term_weights;         /* [num_topk] */
@@ -151,9 +148,14 @@ static inline uint64_t xccl_moe_num_local(const xccl_moe_t *moe) {
     return moe->num_experts_of[moe->comm->rank];
 }
 
+/* How a handle notes an expert that had no live rank; the mapping is its own inverse. */
+static inline int32_t xccl_moe_missed(int32_t expert) {
+    return -2 - expert;
+}
+
 /* Where a member's peer writes its line of an array of the metadata block. */
 static inline uint64_t xccl_moe_line_of(const xccl_moe_t *moe, uint64_t array, int peer) {
-    return moe->metadata + array + (uint64_t)peer * XCCL_LINE;
+    return moe->blocks.metadata + array + (uint64_t)peer * XCCL_LINE;
 }
 
 /* The own line that `peer` writes. */
@@ -187,6 +189,15 @@ void xccl_moe_learn(xccl_moe_t *moe, const xccl_moe_handle_t *handle, int64_t ns
 
 /* Memory for a handle with nothing in it, NULL and a message if there is none. */
 xccl_moe_handle_t *xccl_moe_handle_new(const xccl_moe_t *moe, int64_t num_tokens);
+
+/* Fills the table `route` from owners and mask. */
+void xccl_moe_route(xccl_moe_t *moe);
+
+/* Scales the weights of a token's terms for RENORMALIZE. False if they stay as they are. */
+bool xccl_moe_renormalize(const xccl_moe_handle_t *handle, int64_t token, float *term_weights, size_t num_terms);
+
+/* MISSING with a message if slots of the handle miss their expert and its policy is RAISE. */
+int xccl_moe_judge(const xccl_moe_t *moe, const xccl_moe_handle_t *handle);
 
 /* Copies topk_weights [num_tokens, num_topk] to the handle; NULL: none. */
 void xccl_moe_keep_weights(const xccl_moe_t *moe, xccl_moe_handle_t *handle, const float *topk_weights);

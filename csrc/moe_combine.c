@@ -2,6 +2,7 @@
 
 #include <string.h>
 
+#include "moe_outputs.h"
 #include "status.h"
 #include "wait.h"
 
@@ -21,21 +22,6 @@ static bool is_aligned(const xccl_moe_t *moe, const void *y, uint64_t row_stride
     return ((uintptr_t)y | row_stride) % xccl_kernel_itemsize(moe->config.dtype) == 0;
 }
 
-/* Bytes from the first to the last element of y. */
-static uint64_t extent_of(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, uint64_t row_stride) {
-    return handle->num_recv ? ((uint64_t)handle->num_recv - 1) * row_stride + moe->layout.row_bytes : 0;
-}
-
-static void copy_rows(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, const unsigned char *y,
-                      uint64_t row_stride, unsigned char *copy) {
-    uint64_t row_bytes = moe->layout.row_bytes;
-    if (row_stride == row_bytes)
-        memcpy(copy, y, extent_of(moe, handle, row_stride));
-    else
-        for (int64_t row = 0; row < handle->num_recv; row++)
-            memcpy(copy + (uint64_t)row * row_bytes, y + (uint64_t)row * row_stride, row_bytes);
-}
-
 /* y as peers find it: an offset in the own window. */
 typedef struct published_t {
     uint64_t offset;
@@ -48,7 +34,7 @@ static int stage_combine(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void 
     xccl_world_t *world = moe->comm->world;
     uint64_t epoch = moe->combine_epoch + 1;
     int parity = xccl_moe_parity(epoch);
-    uint64_t stage = moe->staging + moe->layout.combine_stage[parity];
+    uint64_t stage = moe->blocks.staging + moe->layout.combine_stage[parity];
     if (epoch > XCCL_MOE_PARITIES) {
         int status = xccl_moe_wait_all(moe, moe->layout.combine_done[parity], epoch - XCCL_MOE_PARITIES,
                                        "combine: receipt of the last but one", deadline);
@@ -56,10 +42,11 @@ static int stage_combine(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void 
             return status;
     }
     uint64_t in_place_offset = 0;
-    uint64_t extent = extent_of(moe, handle, row_stride);
+    uint64_t num_rows = (uint64_t)handle->num_recv, row_bytes = moe->layout.row_bytes;
+    uint64_t extent = xccl_moe_extent(num_rows, row_stride, row_bytes);
     handle->in_place =
         extent > 0 && is_aligned(moe, y, row_stride) && xccl_gas_is_symmetric(world, y, extent, &in_place_offset);
-    uint64_t copy_bytes = handle->in_place ? 0 : (uint64_t)handle->num_recv * moe->layout.row_bytes;
+    uint64_t copy_bytes = handle->in_place ? 0 : num_rows * row_bytes;
     int status = xccl_moe_reserve(moe, stage, moe->layout.combine_copy + copy_bytes, &moe->combine_reserved[parity]);
     if (status != XCCL_OK)
         return status;
@@ -67,7 +54,7 @@ static int stage_combine(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void 
     *out = (published_t){in_place_offset, handle->num_recv > 1 ? row_stride : moe->layout.row_bytes};
     if (!handle->in_place) {
         *out = (published_t){stage + moe->layout.combine_copy, moe->layout.row_bytes};
-        copy_rows(moe, handle, y, row_stride, xccl_gas_local(world, out->offset));
+        xccl_moe_copy_rows(xccl_gas_local(world, out->offset), y, num_rows, row_stride, row_bytes);
     }
     return XCCL_OK;
 }
@@ -86,33 +73,23 @@ static int check_combine(const xccl_moe_t *moe, const xccl_moe_handle_t *handle,
     return XCCL_OK;
 }
 
-/* Tells the race checker that y is read, and that this member enters the next combine. */
-static int enter_combine(const xccl_moe_t *moe, const xccl_moe_handle_t *handle, const unsigned char *y,
-                         uint64_t row_stride) {
-    bool dense = row_stride == moe->layout.row_bytes;
-    uint64_t piece = dense ? extent_of(moe, handle, row_stride) : moe->layout.row_bytes;
-    int status = XCCL_OK;
-    for (int64_t row = 0; row < (dense ? 1 : handle->num_recv) && status == XCCL_OK; row++)
-        status =
-            xccl_race_touch(moe->comm->world, y + (uint64_t)row * row_stride, piece, XCCL_RACE_READ, XCCL_OP_COMBINE);
-    if (status == XCCL_OK)
-        xccl_race_publish(moe->comm, XCCL_RACE_COMBINE, moe->combine_epoch + 1);
-    return status;
-}
-
 int xccl_moe_combine_send(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void *y, uint64_t row_stride,
                           const float *topk_weights, int64_t timeout_ns) {
     int status = check_combine(moe, handle, row_stride);
     if (status != XCCL_OK)
         return status;
     const xccl_comm_t *comm = moe->comm;
-    xccl_op_begin(comm->world, XCCL_OP_COMBINE);
-    published_t published;
-    status = stage_combine(moe, handle, y, row_stride, xccl_deadline(comm->world, timeout_ns), &published);
-    if (status == XCCL_OK && !xccl_race_is_off(comm->world))
-        status = enter_combine(moe, handle, y, row_stride);
+    status = xccl_op_begin(comm->world, XCCL_OP_COMBINE);
     if (status != XCCL_OK)
         return status;
+    published_t published;
+    status = stage_combine(moe, handle, y, row_stride, xccl_deadline(comm->world, timeout_ns), &published);
+    if (status == XCCL_OK)
+        status = xccl_moe_note_rows(comm->world, y, (uint64_t)handle->num_recv, row_stride, moe->layout.row_bytes,
+                                    XCCL_OP_COMBINE);
+    if (status != XCCL_OK)
+        return status;
+    xccl_race_publish(comm, XCCL_RACE_COMBINE, moe->combine_epoch + 1);
     if (topk_weights)
         xccl_moe_keep_weights(moe, handle, topk_weights);
     uint64_t epoch = ++moe->combine_epoch;
@@ -162,7 +139,7 @@ static int find_outputs(xccl_moe_t *moe, const xccl_moe_handle_t *handle, int ra
     if (status != XCCL_OK)
         return status;
     const xccl_world_t *world = moe->comm->world;
-    uint64_t stage = moe->staging + moe->layout.combine_stage[xccl_moe_parity(handle->combine_epoch)];
+    uint64_t stage = moe->blocks.staging + moe->layout.combine_stage[xccl_moe_parity(handle->combine_epoch)];
     const unsigned char *window = xccl_gas_at(world, moe->comm->ranks[rank], 0);
     const uint64_t *row_start = (const uint64_t *)(window + stage);
     moe->outputs[rank] = (xccl_moe_outputs_t){
@@ -196,15 +173,19 @@ static int sum_token(xccl_moe_t *moe, const xccl_moe_handle_t *handle, int64_t t
                 return XCCL_ERR_SYSTEM;
             moe->term_weights[num_terms++] = handle->weighted ? handle->weights[slot] : 1.0f;
         }
-    moe->kernel->weighted_sum(moe->config.dtype, out, moe->terms, handle->weighted ? moe->term_weights : NULL,
-                              num_terms, (size_t)moe->config.hidden);
+    bool weighted = handle->weighted;
+    if (handle->num_missing && handle->on_missing == XCCL_MISSING_RENORMALIZE)
+        weighted |= xccl_moe_renormalize(handle, token, moe->term_weights, num_terms);
+    moe->kernel->weighted_sum(moe->config.dtype, out, moe->terms, weighted ? moe->term_weights : NULL, num_terms,
+                              (size_t)moe->config.hidden);
     return XCCL_OK;
 }
 
 static int sum_all(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *out, int64_t deadline) {
     int parity = xccl_moe_parity(handle->combine_epoch);
-    xccl_op_phase(moe->comm->world, 1);
-    int status = xccl_moe_wait_all(moe, moe->layout.combine_field[parity], handle->combine_epoch,
+    int status = xccl_op_phase(moe->comm->world, 1);
+    if (status == XCCL_OK)
+        status = xccl_moe_wait_all(moe, moe->layout.combine_field[parity], handle->combine_epoch,
                                    "combine: outputs of the experts", deadline);
     for (int rank = 0; rank < moe->comm->size && status == XCCL_OK; rank++)
         status = find_outputs(moe, handle, rank);
@@ -228,20 +209,23 @@ int xccl_moe_combine_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *out,
         return status;
     xccl_world_t *world = moe->comm->world;
     int64_t deadline = xccl_deadline(world, timeout_ns);
-    xccl_op_begin(world, XCCL_OP_COMBINE);
-    if (!summed)
+    status = xccl_op_begin(world, XCCL_OP_COMBINE);
+    if (status == XCCL_OK && !summed)
         status = sum_all(moe, handle, out, deadline);
     int parity = xccl_moe_parity(handle->combine_epoch);
     if (status == XCCL_OK && handle->in_place) {
-        xccl_op_phase(world, 2);
-        status = xccl_moe_wait_all(moe, moe->layout.combine_done[parity], handle->combine_epoch,
-                                   "combine: this rank's outputs read", deadline);
+        status = xccl_op_phase(world, 2);
+        if (status == XCCL_OK)
+            status = xccl_moe_wait_all(moe, moe->layout.combine_done[parity], handle->combine_epoch,
+                                       "combine: this rank's outputs read", deadline);
     }
     if (status != XCCL_OK)
         return status;
     moe->combining[parity] = NULL;
     handle->phase = XCCL_MOE_COMBINED;
-    return xccl_race_leave(
+    status = xccl_race_leave(
         moe->comm, XCCL_RACE_COMBINE, handle->combine_epoch, XCCL_RACE_ALL,
         (xccl_race_buffers_t){.out = out, .out_bytes = (uint64_t)handle->num_tokens * moe->layout.row_bytes});
+    /* only now: the peers have all that they wait for */
+    return status == XCCL_OK && handle->num_missing ? xccl_moe_judge(moe, handle) : status;
 }

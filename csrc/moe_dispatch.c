@@ -5,7 +5,8 @@
 #include "status.h"
 #include "wait.h"
 
-/* Copies topk_idx to the handle, and counts the rows of each expert and the entries of each destination. */
+/* Copies topk_idx to the handle, and counts the rows of each expert and the entries of each destination. Experts
+ * without a live rank get nothing. */
 static int count_slots(xccl_moe_t *moe, xccl_moe_handle_t *handle, const int64_t *topk_idx) {
     int64_t num_topk = moe->config.num_topk, num_experts = moe->config.num_experts;
     memset(moe->expert_count, 0, (size_t)num_experts * sizeof *moe->expert_count);
@@ -22,8 +23,14 @@ static int count_slots(xccl_moe_t *moe, xccl_moe_handle_t *handle, const int64_t
         handle->expert[slot] = (int32_t)expert;
         if (expert < 0)
             continue;
+        int32_t rank = moe->route[expert];
+        if (rank < 0) {
+            handle->expert[slot] = xccl_moe_missed((int32_t)expert);
+            handle->num_missing++;
+            continue;
+        }
         handle->position[slot] = moe->expert_count[expert]++;
-        moe->dest[moe->owner[expert]].num_entries++;
+        moe->dest[rank].num_entries++;
     }
     return XCCL_OK;
 }
@@ -115,7 +122,7 @@ static int stage_dispatch(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void
                           int64_t deadline) {
     uint64_t epoch = handle->dispatch_epoch;
     int parity = xccl_moe_parity(epoch);
-    uint64_t stage = moe->staging + moe->layout.dispatch_stage[parity];
+    uint64_t stage = moe->blocks.staging + moe->layout.dispatch_stage[parity];
     int status = count_slots(moe, handle, topk_idx);
     if (status != XCCL_OK)
         return status;
@@ -142,7 +149,9 @@ int xccl_moe_dispatch_send(xccl_moe_t *moe, const void *x, int64_t num_tokens, c
     if (status != XCCL_OK)
         return status;
     xccl_world_t *world = moe->comm->world;
-    xccl_op_begin(world, XCCL_OP_DISPATCH);
+    status = xccl_op_begin(world, XCCL_OP_DISPATCH);
+    if (status != XCCL_OK)
+        return status;
     xccl_moe_handle_t *handle = xccl_moe_handle_new(moe, num_tokens);
     if (!handle)
         return XCCL_ERR_MEMORY;

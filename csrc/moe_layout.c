@@ -1,45 +1,18 @@
 #include "moe.h"
+#include "sizes.h"
 #include "status.h"
 
-/* Arithmetic that remembers whether any result left 62 bits. */
-typedef struct sizes_t {
-    bool overflow;
-} sizes_t;
-
-static uint64_t checked(sizes_t *sizes, uint64_t value) {
-    sizes->overflow |= value > UINT64_MAX >> 2;
-    return value;
-}
-
-static uint64_t times(sizes_t *sizes, uint64_t a, uint64_t b) {
-    uint64_t product;
-    sizes->overflow |= __builtin_mul_overflow(a, b, &product);
-    return checked(sizes, product);
-}
-
-static uint64_t plus(sizes_t *sizes, uint64_t a, uint64_t b) {
-    return checked(sizes, a + b); /* neither exceeds 62 bits, or overflow is set already */
-}
-
-static uint64_t whole_lines(sizes_t *sizes, uint64_t bytes) {
-    return plus(sizes, bytes, XCCL_LINE - 1) / XCCL_LINE * XCCL_LINE;
-}
-
-static uint64_t whole_pages(sizes_t *sizes, uint64_t bytes) {
-    return plus(sizes, bytes, XCCL_PAGE - 1) / XCCL_PAGE * XCCL_PAGE;
-}
-
-/* The highest count of experts at one owner. */
-static uint64_t most_experts(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner) {
+uint64_t xccl_moe_most_experts(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner) {
     uint64_t count[XCCL_MAX_RANKS] = {0}, most = 0;
     for (int64_t e = 0; e < config->num_experts; e++)
-        count[owner[e]]++;
+        if (owner[e] >= 0)
+            count[owner[e]]++;
     for (int rank = 0; rank < num_ranks; rank++)
         most = count[rank] > most ? count[rank] : most;
     return most;
 }
 
-static int check_config(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner) {
+int xccl_moe_check_config(const char *who, const xccl_moe_config_t *config, int num_ranks, const int32_t *owner) {
     const struct {
         const char *name;
         int64_t value, min, max;
@@ -52,77 +25,78 @@ static int check_config(const xccl_moe_config_t *config, int num_ranks, const in
         {"dtype", (int64_t)config->dtype, XCCL_FLOAT32, XCCL_BFLOAT16},
         {"quant", (int64_t)config->quant, XCCL_QUANT_NONE, XCCL_QUANT_INT8},
         {"simd", (int64_t)config->simd, XCCL_SIMD_AUTO, XCCL_SIMD_AVX512},
+        {"on_missing", (int64_t)config->on_missing, XCCL_MISSING_RAISE, XCCL_MISSING_ZERO},
     };
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
         if (numbers[i].value < numbers[i].min || numbers[i].value > numbers[i].max)
-            return xccl_fail(XCCL_ERR_USAGE, "ExpertParallel: %s is %lld, expected %lld to %lld", numbers[i].name,
+            return xccl_fail(XCCL_ERR_USAGE, "%s: %s is %lld, expected %lld to %lld", who, numbers[i].name,
                              (long long)numbers[i].value, (long long)numbers[i].min, (long long)numbers[i].max);
     if (config->num_max_tokens * config->num_topk > INT32_MAX)
-        return xccl_fail(XCCL_ERR_USAGE,
-                         "ExpertParallel: num_max_tokens_per_rank * num_topk is %lld, expected at most %d",
+        return xccl_fail(XCCL_ERR_USAGE, "%s: num_max_tokens_per_rank * num_topk is %lld, expected at most %d", who,
                          (long long)(config->num_max_tokens * config->num_topk), INT32_MAX);
     for (int64_t e = 0; e < config->num_experts; e++)
-        if (owner[e] < 0 || owner[e] >= num_ranks)
-            return xccl_fail(XCCL_ERR_USAGE, "ExpertParallel: expert_map[%lld] is %d, expected a rank from 0 to %d",
-                             (long long)e, owner[e], num_ranks - 1);
+        if (owner[e] < -1 || owner[e] >= num_ranks)
+            return xccl_fail(XCCL_ERR_USAGE, "%s: expert_map[%lld] is %d, expected a rank from 0 to %d, or -1 for none",
+                             who, (long long)e, owner[e], num_ranks - 1);
     return XCCL_OK;
 }
 
-static void lay_out_metadata(sizes_t *sizes, int num_ranks, xccl_moe_layout_t *out) {
+static void lay_out_metadata(xccl_sizes_t *sizes, int num_ranks, xccl_moe_layout_t *out) {
     uint64_t *const arrays[] = {out->dispatch_field, out->dispatch_done, out->combine_field, out->combine_done};
     uint64_t at = 0;
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++) {
             arrays[i][parity] = at;
-            at = plus(sizes, at, (uint64_t)num_ranks * XCCL_LINE);
+            at = xccl_plus(sizes, at, (uint64_t)num_ranks * XCCL_LINE);
         }
     out->bytes.metadata = at;
 }
 
 /* In the worst routing every slot is used. The entries for each destination begin on a line of their own. */
-static void lay_out_dispatch_stage(sizes_t *sizes, const xccl_moe_config_t *config, uint64_t num_ranks,
+static void lay_out_dispatch_stage(xccl_sizes_t *sizes, const xccl_moe_config_t *config, uint64_t num_ranks,
                                    xccl_moe_layout_t *out) {
     uint64_t max_tokens = (uint64_t)config->num_max_tokens;
-    uint64_t entries = times(sizes, times(sizes, max_tokens, (uint64_t)config->num_topk), sizeof(xccl_moe_entry_t));
-    uint64_t scales = config->quant == XCCL_QUANT_INT8 ? times(sizes, max_tokens, sizeof(float)) : 0;
-    out->dispatch_scales = whole_lines(sizes, plus(sizes, entries, times(sizes, num_ranks, XCCL_LINE)));
-    out->dispatch_rows = whole_lines(sizes, plus(sizes, out->dispatch_scales, scales));
+    uint64_t entries =
+        xccl_times(sizes, xccl_times(sizes, max_tokens, (uint64_t)config->num_topk), sizeof(xccl_moe_entry_t));
+    uint64_t scales = config->quant == XCCL_QUANT_INT8 ? xccl_times(sizes, max_tokens, sizeof(float)) : 0;
+    out->dispatch_scales = xccl_whole_lines(sizes, xccl_plus(sizes, entries, xccl_times(sizes, num_ranks, XCCL_LINE)));
+    out->dispatch_rows = xccl_whole_lines(sizes, xccl_plus(sizes, out->dispatch_scales, scales));
     out->dispatch_stage_bytes =
-        whole_pages(sizes, plus(sizes, out->dispatch_rows, times(sizes, max_tokens, out->staged_bytes)));
+        xccl_whole_pages(sizes, xccl_plus(sizes, out->dispatch_rows, xccl_times(sizes, max_tokens, out->staged_bytes)));
 }
 
-static void lay_out_staging(sizes_t *sizes, const xccl_moe_config_t *config, uint64_t num_ranks,
+static void lay_out_staging(xccl_sizes_t *sizes, const xccl_moe_config_t *config, uint64_t num_ranks,
                             xccl_moe_layout_t *out) {
     lay_out_dispatch_stage(sizes, config, num_ranks, out);
-    uint64_t starts = times(sizes, times(sizes, num_ranks, out->max_local_experts), sizeof(uint64_t));
-    out->combine_copy = whole_lines(sizes, starts);
-    out->combine_stage_bytes = whole_pages(sizes, plus(sizes, out->combine_copy, out->max_recv_bytes));
+    uint64_t starts = xccl_times(sizes, xccl_times(sizes, num_ranks, out->max_local_experts), sizeof(uint64_t));
+    out->combine_copy = xccl_whole_lines(sizes, starts);
+    out->combine_stage_bytes = xccl_whole_pages(sizes, xccl_plus(sizes, out->combine_copy, out->max_recv_bytes));
     uint64_t at = 0;
     for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++) {
         out->dispatch_stage[parity] = at;
-        at = plus(sizes, at, out->dispatch_stage_bytes);
+        at = xccl_plus(sizes, at, out->dispatch_stage_bytes);
     }
     for (int parity = 0; parity < XCCL_MOE_PARITIES; parity++) {
         out->combine_stage[parity] = at;
-        at = plus(sizes, at, out->combine_stage_bytes);
+        at = xccl_plus(sizes, at, out->combine_stage_bytes);
     }
     out->bytes.staging = at;
 }
 
 int xccl_moe_layout(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner, xccl_moe_layout_t *out) {
-    int status = check_config(config, num_ranks, owner);
+    int status = xccl_moe_check_config("ExpertParallel", config, num_ranks, owner);
     if (status != XCCL_OK)
         return status;
-    sizes_t sizes = {false};
+    xccl_sizes_t sizes = {false};
     uint64_t hidden = (uint64_t)config->hidden;
-    out->max_local_experts = most_experts(config, num_ranks, owner);
-    out->row_bytes = times(&sizes, hidden, xccl_kernel_itemsize(config->dtype));
-    out->staged_bytes = whole_lines(&sizes, config->quant == XCCL_QUANT_INT8 ? hidden : out->row_bytes);
+    out->max_local_experts = xccl_moe_most_experts(config, num_ranks, owner);
+    out->row_bytes = xccl_times(&sizes, hidden, xccl_kernel_itemsize(config->dtype));
+    out->staged_bytes = xccl_whole_lines(&sizes, config->quant == XCCL_QUANT_INT8 ? hidden : out->row_bytes);
     uint64_t max_entries = (uint64_t)(config->num_max_tokens * config->num_topk);
-    out->max_recv_bytes = times(&sizes, times(&sizes, max_entries, (uint64_t)num_ranks), out->row_bytes);
+    out->max_recv_bytes = xccl_times(&sizes, xccl_times(&sizes, max_entries, (uint64_t)num_ranks), out->row_bytes);
     lay_out_metadata(&sizes, num_ranks, out);
     lay_out_staging(&sizes, config, (uint64_t)num_ranks, out);
-    out->bytes.pool = whole_pages(&sizes, times(&sizes, out->max_recv_bytes, XCCL_MOE_POOL_BUFFERS));
+    out->bytes.pool = xccl_whole_pages(&sizes, xccl_times(&sizes, out->max_recv_bytes, XCCL_MOE_POOL_BUFFERS));
     if (sizes.overflow)
         return xccl_fail(
             XCCL_ERR_USAGE,

@@ -47,18 +47,17 @@ void xccl_p2p_list_remove(xccl_request_t *request) {
 }
 
 static void free_request(xccl_request_t *request) {
-    free(request->text);
+    free(request->failure);
     free(request);
 }
 
 void xccl_p2p_complete(xccl_request_t *request, int status) {
     if (request->list)
         xccl_p2p_list_remove(request);
-    if (status < 0) {
-        char **text = request->abandoned ? &request->p2p->failure : &request->text;
-        if (!*text)
-            *text = strdup(xccl_error_message());
-    }
+    if (status < 0 && request->abandoned && !request->p2p->failure)
+        request->p2p->failure = strdup(xccl_error_message());
+    if (status < 0 && !request->abandoned)
+        request->failure = xccl_failure_keep();
     if (request->checked && status == XCCL_OK)
         request->other = request->p2p->comm->ranks[request->is_send ? request->peer : request->message.source];
     request->p2p = NULL;
@@ -70,7 +69,7 @@ void xccl_p2p_complete(xccl_request_t *request, int status) {
 
 static int result_of(const xccl_request_t *request, xccl_message_t *out) {
     if (request->status != XCCL_OK)
-        return xccl_fail(request->status, "%s", request->text ? request->text : "no memory for the error message");
+        return xccl_failure_again(request->failure, request->status);
     *out = request->message;
     if (!request->checked)
         return XCCL_OK;
@@ -110,11 +109,13 @@ static int advance(xccl_request_t *request) {
     xccl_p2p_t *p2p = request->p2p;
     if (!request->is_send)
         return xccl_p2p_pull_from(p2p, request->peer);
-    if (request->list == &p2p->awaiting)
-        xccl_p2p_check_acks(p2p);
-    else
+    if (request->list != &p2p->awaiting) {
         xccl_p2p_push(p2p, request->peer);
-    return XCCL_OK;
+        return XCCL_OK;
+    }
+    int status = request->ack != 0 && xccl_p2p_is_offer(request->way) ? xccl_p2p_help(request) : XCCL_OK;
+    xccl_p2p_check_acks(p2p);
+    return status;
 }
 
 /* ---- waiting ---- */
@@ -214,7 +215,7 @@ int xccl_p2p_await(xccl_request_t *request, int64_t deadline, xccl_message_t *ou
 
 /* The call failed with `status` before its request was over. */
 static int give_up(xccl_request_t *request, int status) {
-    char *text = strdup(xccl_error_message());
+    xccl_failure_t *failure = xccl_failure_keep();
     int outcome = status;
     if (!request->is_send) {
         int kept = xccl_p2p_cancel_recv(request);
@@ -223,8 +224,8 @@ static int give_up(xccl_request_t *request, int status) {
         outcome = XCCL_OK;
     }
     if (outcome == status)
-        xccl_fail(status, "%s", text ? text : "no memory for the error message");
-    free(text);
+        xccl_failure_again(failure, status);
+    free(failure);
     return outcome;
 }
 
@@ -249,12 +250,8 @@ static int check_peer(const xccl_request_t *request) {
     p2p->next_look_ns = now + 100 * 1000000;
     for (int pe = 0; pe < p2p->comm->size; pe++) {
         int rank = p2p->comm->ranks[pe];
-        if (rank != p2p->world->rank && xccl_shm_is_dead(p2p->world, rank)) {
-            char line[256];
-            xccl_shm_describe_rank(p2p->world, rank, line, sizeof line);
-            return xccl_fail(XCCL_ERR_PEER_LOST, "rank %d, test: rank %d is lost. Its last state: %s", p2p->comm->rank,
-                             pe, line);
-        }
+        if (rank != p2p->world->rank && xccl_shm_is_dead(p2p->world, rank))
+            return xccl_shm_fail_lost(p2p->world, rank, "test");
     }
     return XCCL_OK;
 }
@@ -283,7 +280,9 @@ int xccl_p2p_request_wait(xccl_request_t *request, int64_t timeout_ns, xccl_mess
     int status = xccl_comm_check(p2p->comm);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(p2p->world, XCCL_OP_WAIT);
+    status = xccl_op_begin(p2p->world, XCCL_OP_WAIT);
+    if (status != XCCL_OK)
+        return status;
     status = xccl_p2p_await(request, xccl_deadline(p2p->world, timeout_ns), out);
     xccl_p2p_settle_hook(p2p);
     return status;

@@ -21,8 +21,9 @@
  * A message takes one of three ways:
  *   inline   up to XCCL_P2P_INLINE_BYTES travel in the field itself
  *   chunks   through the data area, as above
- *   offer    zero-copy: the sender's buffer is symmetric and large; only its place travels, and the receiver copies
- *            once, from the sender's window, and acknowledges
+ *   offer    the message is large: only its place travels, and the receiver copies once, and acknowledges. From the
+ *            sender's window, if the buffer is symmetric (zero-copy); from the sender's process, if the kernel lets
+ *            it (cma.h) and that has been measured to be faster than chunks (p2p_way.c)
  *
  * Matching happens at the receiver, in local memory. What no posted receive matches stays in the ring, which is
  * the back-pressure, unless a receive waits for something behind it: then it moves to the unexpected queue of its
@@ -31,6 +32,7 @@
 #ifndef XCCL_P2P_H
 #define XCCL_P2P_H
 
+#include "cost.h"
 #include "racecheck.h"
 #include "ring.h"
 
@@ -50,6 +52,7 @@ typedef enum xccl_p2p_kind_t {
     XCCL_P2P_CHUNK = 3,       /* a further one */
     XCCL_P2P_OFFER = 4,       /* a whole message, in the sender's window */
     XCCL_P2P_CANCEL = 5,      /* the message whose chunks came last ends here: forget it */
+    XCCL_P2P_CMA_OFFER = 6,   /* a whole message, in the sender's ordinary memory */
     XCCL_P2P_HAND_BACK = 0x80 /* added to FIRST or CHUNK: step 7 is due behind it */
 } xccl_p2p_kind_t;
 
@@ -65,7 +68,8 @@ typedef struct xccl_p2p_field_t {
         unsigned char payload[XCCL_P2P_INLINE_BYTES];
         struct {
             uint64_t chunk_id;
-            uint64_t offset; /* of the data: chunk: in the data area of the ring; offer: in the sender's window */
+            uint64_t offset; /* of the data: chunk: in the data area of the ring; offer: in the sender's window, or
+                                its address in the sender's process */
             uint64_t ack;    /* index of the acknowledgement line + 1, 0: none wanted */
             uint64_t number; /* of the message, unique for its sender */
             uint64_t length; /* of the chunk */
@@ -76,6 +80,9 @@ _Static_assert(sizeof(xccl_p2p_field_t) == XCCL_RING_CONTENT_BYTES, "a field is 
 
 static inline xccl_p2p_kind_t xccl_p2p_kind_of(const xccl_p2p_field_t *field) {
     return (xccl_p2p_kind_t)(field->kind_and_bytes & 0x7f);
+}
+static inline bool xccl_p2p_is_offer(xccl_p2p_kind_t kind) {
+    return kind == XCCL_P2P_OFFER || kind == XCCL_P2P_CMA_OFFER;
 }
 static inline bool xccl_p2p_hands_back(const xccl_p2p_field_t *field) {
     return field->kind_and_bytes & XCCL_P2P_HAND_BACK;
@@ -123,6 +130,21 @@ typedef enum xccl_p2p_ack_t {
     XCCL_P2P_RECEIVED = 3   /* receiver: step 8 */
 } xccl_p2p_ack_t;
 
+/*   acknowledgement line, in the sender's window
+ *   0       8       16       24          32        40
+ *   | state | joint | target | in_window | claimed | sent |
+ * The sender clears it before it publishes the offer; what comes behind `state` serves copying by both ends: see
+ * p2p_offer.c. */
+typedef struct xccl_p2p_ack_line_t {
+    _Alignas(64) _Atomic uint64_t state;
+    _Atomic uint64_t joint;   /* number of the message that both may copy; written by the receiver */
+    uint64_t target;          /* address in the receiver's process, or offset in its window */
+    uint64_t in_window;       /* which of the two */
+    _Atomic uint64_t claimed; /* blocks, by either */
+    _Atomic uint64_t sent;    /* blocks that the sender has copied */
+} xccl_p2p_ack_line_t;
+_Static_assert(sizeof(xccl_p2p_ack_line_t) == XCCL_LINE, "one line for each acknowledgement");
+
 static inline uint64_t xccl_p2p_ack_word(uint64_t number, xccl_p2p_ack_t state) {
     return 4 * number + (uint64_t)state;
 }
@@ -148,15 +170,16 @@ struct xccl_request_t {
     int64_t tag;
     unsigned char *buffer; /* of a send: only read */
     uint64_t bytes;
-    xccl_message_t message; /* receive: what came */
-    int status;             /* when done */
-    char *text;             /* its message */
-    uint64_t order;         /* receive: place in posting order */
+    xccl_message_t message;         /* receive: what came */
+    int status;                     /* when done */
+    struct xccl_failure_t *failure; /* why, if it failed */
+    uint64_t order;                 /* receive: place in posting order */
     /* send */
-    xccl_p2p_kind_t way; /* INLINE, FIRST (chunks) or OFFER */
+    xccl_p2p_kind_t way; /* INLINE, FIRST (chunks), OFFER or CMA_OFFER */
     bool sync;
+    bool helped;     /* it has copied its part of the offer */
     bool cancelled;  /* its buffer is gone: publish CANCEL instead of more chunks, or outlive the acknowledgement */
-    uint64_t offset; /* offer: of the buffer in the own window */
+    uint64_t offset; /* offer: of the buffer in the own window, or its address */
     uint64_t moved;  /* bytes published */
     uint64_t chunks; /* chunks published */
     uint64_t ack, number;
@@ -165,21 +188,42 @@ struct xccl_request_t {
     uint32_t site;         /* and where the program began the request */
 };
 
+/* Where an offered message is; as in the field. */
+typedef struct xccl_p2p_offer_t {
+    xccl_p2p_kind_t kind;
+    uint64_t offset, ack, number;
+} xccl_p2p_offer_t;
+
 /* A message kept in local memory, or an offer not yet taken. */
 typedef struct xccl_unexpected_t {
     struct xccl_unexpected_t *next;
     int64_t tag;
     uint64_t bytes;
-    bool is_offer;
-    uint64_t offset, ack, number; /* as in the field */
-    xccl_request_t *sender;       /* a sync send of this rank to itself */
+    xccl_p2p_offer_t offer; /* of a message kept whole: only its acknowledgement */
+    xccl_request_t *sender; /* a sync send of this rank to itself */
     unsigned char data[];
 } xccl_unexpected_t;
+
+enum { XCCL_P2P_CLASSES = 40 }; /* of sizes, by xccl_cost_class */
+
+/* What the sender of a pair remembers to choose between chunks and CMA_OFFER. */
+typedef struct xccl_p2p_choice_t {
+    uint32_t turns[XCCL_P2P_CLASSES]; /* messages of each size */
+    uint32_t pause;                   /* messages that are not offered, because receivers came late */
+    uint32_t late;                    /* offers in a row that were withdrawn */
+} xccl_p2p_choice_t;
+
+/* What its receiver measures for that. */
+typedef struct xccl_p2p_costs_t {
+    xccl_cost_t chunks[XCCL_P2P_CLASSES], cma[XCCL_P2P_CLASSES];
+    uint64_t prefers_chunks; /* bit per size, as the sender knows it */
+} xccl_p2p_costs_t;
 
 typedef struct xccl_p2p_outgoing_t {
     xccl_ring_producer_t ring;
     xccl_request_list_t queue; /* sends not yet published in full, in order */
     uint64_t reserved;         /* bytes of the data area whose pages are reserved */
+    xccl_p2p_choice_t choice;
 } xccl_p2p_outgoing_t;
 
 typedef struct xccl_p2p_incoming_t {
@@ -195,6 +239,8 @@ typedef struct xccl_p2p_incoming_t {
     int64_t tag;
     uint64_t bytes, received;
     uint64_t ack, number;
+    uint64_t began; /* ticks at its first chunk */
+    xccl_p2p_costs_t costs;
 } xccl_p2p_incoming_t;
 
 struct xccl_p2p_t {
@@ -266,15 +312,41 @@ bool xccl_p2p_cancel_send(xccl_request_t *request);
 int xccl_p2p_pull(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, bool drain);
 /* xccl_p2p_pull for each source that a receive of `source` (or XCCL_ANY_SOURCE) may be served by. */
 int xccl_p2p_pull_from(xccl_p2p_t *p2p, int source);
-/* Gives the unexpected message, which is off its queue, to the receive. False: it was an offer withdrawn by now. */
-bool xccl_p2p_take_unexpected(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_unexpected_t *message,
-                              xccl_request_t *request);
+/* Gives the unexpected message, which is off its queue, to the receive. AGAIN: it was an offer withdrawn by now. */
+int xccl_p2p_take_unexpected(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_unexpected_t *message,
+                             xccl_request_t *request);
 /* Gives a receive up: nothing is consumed. Frees the request. MEMORY if its half-received message cannot be kept. */
 int xccl_p2p_cancel_recv(xccl_request_t *request);
 /* OK if a new message may have this field; SYSTEM if no sender wrote it. */
 int xccl_p2p_check_field(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field);
+
+/* ---- offers (p2p_offer.c) ---- */
+
+/* Step 8, if the sender wants it: then `ack` is not 0. */
+void xccl_p2p_acknowledge(xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number);
+/* OK if the field of an offer names memory that can be one, or SYSTEM. */
+int xccl_p2p_check_offer(const xccl_p2p_t *p2p, int source, const xccl_p2p_field_t *field);
 /* An offer that its sender has not withdrawn. */
 bool xccl_p2p_offer_lives(const xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number);
+/* Copies the offered message. AGAIN: its sender has withdrawn it. */
+int xccl_p2p_take_offer(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_offer_t *offer, void *buffer,
+                        uint64_t bytes);
+/* The same, together with the sender if it can; blocks until that has copied its part. */
+int xccl_p2p_take_offer_jointly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_offer_t *offer, void *buffer,
+                                uint64_t bytes);
+/* The sender's part of that, once the receiver has begun. */
+int xccl_p2p_help(xccl_request_t *send);
+
+/* ---- chunks or CMA_OFFER (p2p_way.c) ---- */
+
+/* The sender's choice for a message from an ordinary buffer; counts it. */
+bool xccl_p2p_offers_by_cma(xccl_p2p_t *p2p, int dest, uint64_t bytes);
+/* Time until which an offer may wait for its receiver before it is withdrawn, on the clock of xccl_now_ns. */
+int64_t xccl_p2p_patience(uint64_t bytes);
+/* Whether the receiver came in that time. */
+void xccl_p2p_note_offer(xccl_p2p_t *p2p, int dest, bool in_time);
+/* The receiver learns what a message cost, and tells the sender which way it prefers. */
+void xccl_p2p_note_cost(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, uint64_t bytes, uint64_t ticks, bool by_cma);
 
 /* ---- matching (p2p_match.c) ---- */
 

@@ -90,7 +90,8 @@ void xccl_p2p_unkeep(xccl_p2p_incoming_t *in, xccl_unexpected_t *message) {
 }
 
 static bool is_live(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const xccl_unexpected_t *message) {
-    return !message->is_offer || xccl_p2p_offer_lives(p2p, in->source, message->ack, message->number);
+    return !xccl_p2p_is_offer(message->offer.kind) ||
+           xccl_p2p_offer_lives(p2p, in->source, message->offer.ack, message->offer.number);
 }
 
 /* First kept message of the source with such a tag. Offers withdrawn meanwhile are dropped on the way. */
@@ -124,7 +125,10 @@ static bool serve_from(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_request_t 
             return true;
         }
         xccl_p2p_unkeep(in, message);
-        if (xccl_p2p_take_unexpected(p2p, in, message, receive))
+        int status = xccl_p2p_take_unexpected(p2p, in, message, receive);
+        if (status < 0)
+            xccl_p2p_complete(receive, status);
+        if (status != XCCL_AGAIN)
             return true;
     }
     return false;
@@ -196,7 +200,7 @@ typedef struct probe_t {
 
 static bool is_message(const xccl_p2p_field_t *field) {
     xccl_p2p_kind_t kind = xccl_p2p_kind_of(field);
-    return kind == XCCL_P2P_INLINE || kind == XCCL_P2P_FIRST || kind == XCCL_P2P_OFFER;
+    return kind == XCCL_P2P_INLINE || kind == XCCL_P2P_FIRST || xccl_p2p_is_offer(kind);
 }
 
 static bool is_posted_for(const xccl_p2p_t *p2p, int source, int64_t tag) {
@@ -211,7 +215,7 @@ static bool is_for_probe(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, c
     if (in->assembling || !is_message(field) || !tag_fits(tag, field->event_id) ||
         is_posted_for(p2p, in->source, field->event_id))
         return false;
-    return xccl_p2p_kind_of(field) != XCCL_P2P_OFFER ||
+    return !xccl_p2p_is_offer(xccl_p2p_kind_of(field)) ||
            xccl_p2p_offer_lives(p2p, in->source, field->body.at.ack, field->body.at.number);
 }
 
@@ -261,7 +265,9 @@ int xccl_p2p_probe(xccl_comm_t *comm, int source, int64_t tag, int64_t timeout_n
     int status = xccl_p2p_check_args(comm, "probe", NULL, 0, source, tag, true);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(comm->world, XCCL_OP_RECV);
+    status = xccl_op_begin(comm->world, XCCL_OP_RECV);
+    if (status != XCCL_OK)
+        return status;
     probe_t probe = {.comm = comm, .source = source, .tag = tag};
     xccl_wait_t wait = {.ready = probe_once, .awaited = probe_awaited, .arg = &probe};
     status = xccl_wait(comm->world, &wait, xccl_deadline(comm->world, timeout_ns));

@@ -10,52 +10,9 @@ static int damaged(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const c
     return xccl_comm_fail_damaged(p2p->comm, in->source, field, got, least, most);
 }
 
-/* ---- acknowledging ---- */
-
-/* Step 8, if the sender wants it. */
-static void acknowledge(xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number) {
-    if (ack != 0)
-        xccl_gas_signal_at(p2p->world, p2p->comm->ranks[source], xccl_p2p_ack_offset(p2p, ack),
-                           xccl_p2p_ack_word(number, XCCL_P2P_RECEIVED));
-}
-
 static void complete_receive(xccl_request_t *receive, int source, int64_t tag, uint64_t bytes) {
     receive->message = (xccl_message_t){source, tag, bytes};
     xccl_p2p_complete(receive, XCCL_OK);
-}
-
-/* ---- offers (zero-copy) ---- */
-
-bool xccl_p2p_offer_lives(const xccl_p2p_t *p2p, int source, uint64_t ack, uint64_t number) {
-    const _Atomic uint64_t *word = xccl_gas_at(p2p->world, p2p->comm->ranks[source], xccl_p2p_ack_offset(p2p, ack));
-    return xccl_gas_load(word) == xccl_p2p_ack_word(number, XCCL_P2P_OFFERED);
-}
-
-/* Copies once, straight from the sender's window. False: the sender has withdrawn the offer. */
-static bool take_offer(xccl_p2p_t *p2p, int source, uint64_t offset, uint64_t ack, uint64_t number,
-                       xccl_request_t *receive) {
-    int rank = p2p->comm->ranks[source];
-    uint64_t offered = xccl_p2p_ack_word(number, XCCL_P2P_OFFERED);
-    /* From TAKEN on the sender leaves the buffer alone until it is acknowledged (bug classes 7, 11). The swap also
-     * orders the copy after the sender's stores to the buffer. */
-    if (xccl_gas_compare_swap_at(p2p->world, rank, xccl_p2p_ack_offset(p2p, ack), offered,
-                                 xccl_p2p_ack_word(number, XCCL_P2P_TAKEN)) != offered)
-        return false;
-    xccl_copy_part(receive->buffer, xccl_gas_at(p2p->world, rank, offset), receive->bytes, receive->bytes,
-                   p2p->world->streaming_bytes);
-    acknowledge(p2p, source, ack, number);
-    return true;
-}
-
-static int check_offer(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
-    uint64_t stride = p2p->world->stride, bytes = xccl_p2p_bytes_of(field), ack = field->body.at.ack;
-    if (bytes > stride)
-        return damaged(p2p, in, "bytes of an offer", bytes, 0, stride);
-    if (!xccl_gas_in_window(p2p->world, field->body.at.offset, bytes))
-        return damaged(p2p, in, "offset of an offer", field->body.at.offset, 0, stride - bytes);
-    if (ack - 1 >= XCCL_P2P_MAX_ACKS)
-        return damaged(p2p, in, "acknowledgement line of an offer", ack, 1, XCCL_P2P_MAX_ACKS);
-    return XCCL_OK;
 }
 
 /* ---- messages in chunks ---- */
@@ -74,6 +31,7 @@ static void begin_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_
     in->received = 0;
     in->ack = field->body.at.ack;
     in->number = field->body.at.number;
+    in->began = xccl_ticks();
     p2p->num_assembling++;
 }
 
@@ -97,10 +55,11 @@ static void take_chunk(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_
         return;
     xccl_request_t *receive = in->request;
     int64_t tag = in->tag;
+    xccl_p2p_note_cost(p2p, in, in->bytes, xccl_ticks() - in->began, false);
     end_assembly(p2p, in);
     if (!receive)
         return; /* kept: acknowledged when it is received */
-    acknowledge(p2p, in->source, in->ack, in->number);
+    xccl_p2p_acknowledge(p2p, in->source, in->ack, in->number);
     complete_receive(receive, in->source, tag, in->bytes);
 }
 
@@ -149,33 +108,44 @@ static int continue_assembly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xcc
 
 /* ---- new messages ---- */
 
-static void deliver(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field, xccl_request_t *receive) {
+static xccl_p2p_offer_t offer_of(const xccl_p2p_field_t *field) {
+    return (xccl_p2p_offer_t){xccl_p2p_kind_of(field), field->body.at.offset, field->body.at.ack,
+                              field->body.at.number};
+}
+
+static int deliver(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field, xccl_request_t *receive) {
+    const xccl_p2p_offer_t offer = offer_of(field);
+    int status;
     switch (xccl_p2p_kind_of(field)) {
     case XCCL_P2P_INLINE:
         xccl_p2p_copy_inline(receive->buffer, field->body.payload, receive->bytes);
         xccl_ring_consume(&in->ring, false);
         xccl_p2p_unpost(receive);
         complete_receive(receive, in->source, field->event_id, receive->bytes);
-        return;
+        return XCCL_OK;
     case XCCL_P2P_OFFER:
+    case XCCL_P2P_CMA_OFFER:
         xccl_ring_consume(&in->ring, false);
-        if (!take_offer(p2p, in->source, field->body.at.offset, field->body.at.ack, field->body.at.number, receive))
-            return;
+        status = xccl_p2p_take_offer(p2p, in, &offer, receive->buffer, receive->bytes);
+        if (status != XCCL_OK)
+            return status < 0 ? status : XCCL_OK;
         xccl_p2p_unpost(receive);
         complete_receive(receive, in->source, field->event_id, receive->bytes);
-        return;
+        return XCCL_OK;
     default:
         xccl_p2p_unpost(receive);
         begin_assembly(p2p, in, field);
         in->request = receive;
         in->target = receive->buffer;
         take_chunk(p2p, in, field);
+        return XCCL_OK;
     }
 }
 
 /* Moves the message to the unexpected queue. */
 static int keep(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t *field) {
-    bool is_offer = xccl_p2p_kind_of(field) == XCCL_P2P_OFFER;
+    xccl_p2p_kind_t kind = xccl_p2p_kind_of(field);
+    bool is_offer = xccl_p2p_is_offer(kind);
     uint64_t bytes = xccl_p2p_bytes_of(field);
     xccl_unexpected_t *message = xccl_p2p_keep(in, field->event_id, bytes, is_offer ? 0 : bytes);
     if (!message)
@@ -184,15 +154,12 @@ static int keep(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p_field_t
             "rank %d: no memory to set aside a message of %llu bytes from rank %d with tag %lld, which nobody "
             "has asked for yet; it stays queued",
             p2p->comm->rank, (unsigned long long)bytes, in->source, (long long)field->event_id);
-    if (xccl_p2p_kind_of(field) == XCCL_P2P_INLINE) {
+    if (kind == XCCL_P2P_INLINE) {
         memcpy(message->data, field->body.payload, bytes);
         xccl_ring_consume(&in->ring, false);
         return XCCL_OK;
     }
-    message->is_offer = is_offer;
-    message->offset = field->body.at.offset;
-    message->ack = field->body.at.ack;
-    message->number = field->body.at.number;
+    message->offer = offer_of(field);
     if (is_offer) {
         xccl_ring_consume(&in->ring, false);
         return XCCL_OK;
@@ -217,9 +184,10 @@ int xccl_p2p_check_field(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *in, c
             return damaged(p2p, in, "acknowledgement line", field->body.at.ack, 0, XCCL_P2P_MAX_ACKS);
         return check_chunk(p2p, in, field, bytes);
     case XCCL_P2P_OFFER:
-        return check_offer(p2p, in, field);
+    case XCCL_P2P_CMA_OFFER:
+        return xccl_p2p_check_offer(p2p, in->source, field);
     default:
-        return damaged(p2p, in, "kind of a new message", (uint64_t)kind, XCCL_P2P_INLINE, XCCL_P2P_OFFER);
+        return damaged(p2p, in, "kind of a new message", (uint64_t)kind, XCCL_P2P_INLINE, XCCL_P2P_CMA_OFFER);
     }
 }
 
@@ -235,7 +203,7 @@ static int take_message(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_p2p
         return status;
     xccl_request_t *receive = xccl_p2p_match(p2p, in->source, field->event_id, xccl_p2p_bytes_of(field));
     if (receive)
-        deliver(p2p, in, field, receive);
+        status = deliver(p2p, in, field, receive);
     else if (drain || is_wanted(p2p, in)) /* asked again: receives with another size have failed */
         status = keep(p2p, in, field);
     return status;
@@ -288,26 +256,26 @@ static void adopt_assembly(xccl_p2p_incoming_t *in, xccl_unexpected_t *message, 
     in->target = receive->buffer;
 }
 
-bool xccl_p2p_take_unexpected(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_unexpected_t *message,
-                              xccl_request_t *receive) {
-    bool taken = true;
-    if (message->is_offer) {
-        taken = take_offer(p2p, in->source, message->offset, message->ack, message->number, receive);
+int xccl_p2p_take_unexpected(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, xccl_unexpected_t *message,
+                             xccl_request_t *receive) {
+    int status = XCCL_OK;
+    if (xccl_p2p_is_offer(message->offer.kind)) {
+        status = xccl_p2p_take_offer(p2p, in, &message->offer, receive->buffer, receive->bytes);
     } else if (in->message == message) {
         adopt_assembly(in, message, receive);
         free(message);
-        return true;
+        return XCCL_OK;
     } else {
         if (message->bytes > 0)
             memcpy(receive->buffer, message->data, message->bytes);
-        acknowledge(p2p, in->source, message->ack, message->number);
+        xccl_p2p_acknowledge(p2p, in->source, message->offer.ack, message->offer.number);
         if (message->sender)
             xccl_p2p_complete(message->sender, XCCL_OK);
     }
-    if (taken)
+    if (status == XCCL_OK)
         complete_receive(receive, in->source, message->tag, message->bytes);
     free(message);
-    return taken;
+    return status;
 }
 
 /* ---- giving up ---- */
@@ -325,8 +293,7 @@ static int detach(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, const xccl_request_t
             p2p->comm->rank, (unsigned long long)in->bytes, in->source, (long long)in->tag);
     }
     memcpy(message->data, receive->buffer, in->received);
-    message->ack = in->ack;
-    message->number = in->number;
+    message->offer = (xccl_p2p_offer_t){XCCL_P2P_FIRST, 0, in->ack, in->number};
     in->request = NULL;
     in->message = message;
     in->target = message->data;
@@ -354,31 +321,38 @@ static bool only_ring_serves(const xccl_p2p_t *p2p, const xccl_p2p_incoming_t *i
     return !p2p->posted.first && !in->first && !in->assembling;
 }
 
-/* Takes the next message without a request, if it is there, is the one asked for, and has come whole. */
-static bool receive_at_once(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buffer, uint64_t bytes, int64_t tag,
-                            xccl_message_t *out) {
+/* Takes the next message without a request, if it is there, is the one asked for, and has come whole. AGAIN: not so. */
+static int receive_at_once(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buffer, uint64_t bytes, int64_t tag,
+                           xccl_message_t *out) {
     const xccl_p2p_field_t *line = xccl_ring_peek(&in->ring);
     if (!line)
-        return false;
+        return XCCL_AGAIN;
     xccl_p2p_field_t field = {.event_id = (int64_t)xccl_gas_read(&line->event_id),
                               .kind_and_bytes = xccl_gas_read(&line->kind_and_bytes)};
     if (xccl_p2p_bytes_of(&field) != bytes || (tag != XCCL_ANY_TAG && tag != field.event_id))
-        return false;
+        return XCCL_AGAIN;
+    *out = (xccl_message_t){in->source, field.event_id, bytes};
     if (xccl_p2p_kind_of(&field) == XCCL_P2P_INLINE && bytes <= XCCL_P2P_INLINE_BYTES) {
-        *out = (xccl_message_t){in->source, field.event_id, bytes};
         xccl_p2p_copy_inline(buffer, line->body.payload, bytes);
         xccl_ring_consume(&in->ring, false);
-        return true;
+        return XCCL_OK;
     }
     field = xccl_p2p_read_field(line);
+    if (xccl_p2p_is_offer(xccl_p2p_kind_of(&field))) {
+        int status = xccl_p2p_check_offer(p2p, in->source, &field);
+        if (status != XCCL_OK)
+            return status;
+        const xccl_p2p_offer_t offer = offer_of(&field);
+        xccl_ring_consume(&in->ring, false);
+        return xccl_p2p_take_offer_jointly(p2p, in, &offer, buffer, bytes);
+    }
     if (xccl_p2p_kind_of(&field) != XCCL_P2P_FIRST || field.body.at.length != bytes ||
         !chunk_is_sound(in, &field, bytes) || field.body.at.ack > XCCL_P2P_MAX_ACKS)
-        return false;
-    *out = (xccl_message_t){in->source, field.event_id, bytes};
+        return XCCL_AGAIN;
     xccl_copy(buffer, in->ring.data + field.body.at.offset, bytes);
     xccl_ring_consume(&in->ring, xccl_p2p_hands_back(&field));
-    acknowledge(p2p, in->source, field.body.at.ack, field.body.at.number);
-    return true;
+    xccl_p2p_acknowledge(p2p, in->source, field.body.at.ack, field.body.at.number);
+    return XCCL_OK;
 }
 
 typedef struct line_wait_t {
@@ -406,7 +380,7 @@ static int receive_directly(xccl_p2p_t *p2p, xccl_p2p_incoming_t *in, void *buff
     int status = xccl_wait(p2p->world, &wait, deadline);
     if (status != XCCL_OK)
         return status;
-    return receive_at_once(p2p, in, buffer, bytes, tag, out) ? XCCL_OK : XCCL_AGAIN;
+    return receive_at_once(p2p, in, buffer, bytes, tag, out);
 }
 
 /* Also tells the race checker. */
@@ -443,18 +417,19 @@ int xccl_p2p_recv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, i
     int status = check_recv(comm, "recv", buffer, bytes, source, tag);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(comm->world, XCCL_OP_RECV);
-    status = xccl_progress(comm->world);
+    status = xccl_op_begin(comm->world, XCCL_OP_RECV);
+    if (status == XCCL_OK)
+        status = xccl_progress(comm->world);
     if (status != XCCL_OK)
         return status;
     xccl_p2p_t *p2p = comm->p2p;
     xccl_p2p_incoming_t *in = source == XCCL_ANY_SOURCE ? NULL : &p2p->incoming[source];
     bool direct = in && only_ring_serves(p2p, in);
-    if (direct && receive_at_once(p2p, in, buffer, bytes, tag, out))
-        return note_received(comm, buffer, out);
     int64_t deadline = xccl_deadline(comm->world, timeout_ns);
     if (direct) {
-        status = receive_directly(p2p, in, buffer, bytes, tag, deadline, out);
+        status = receive_at_once(p2p, in, buffer, bytes, tag, out);
+        if (status == XCCL_AGAIN)
+            status = receive_directly(p2p, in, buffer, bytes, tag, deadline, out);
         if (status != XCCL_AGAIN)
             return status == XCCL_OK ? note_received(comm, buffer, out) : status;
     }
@@ -469,9 +444,10 @@ int xccl_p2p_irecv(xccl_comm_t *comm, void *buffer, uint64_t bytes, int source, 
     int status = check_recv(comm, "irecv", buffer, bytes, source, tag);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(comm->world, XCCL_OP_RECV);
     xccl_request_t *receive;
-    status = start(comm, buffer, bytes, source, tag, &receive);
+    status = xccl_op_begin(comm->world, XCCL_OP_RECV);
+    if (status == XCCL_OK)
+        status = start(comm, buffer, bytes, source, tag, &receive);
     if (status != XCCL_OK)
         return status;
     status = receive->done ? XCCL_OK : xccl_p2p_pull_from(comm->p2p, source);

@@ -41,8 +41,12 @@ static int take_ack(xccl_request_t *send) {
     }
     send->ack = p2p->free_acks[--p2p->num_free_acks];
     send->number = ++p2p->next_number;
-    xccl_gas_signal_at(p2p->world, p2p->world->rank, xccl_p2p_ack_offset(p2p, send->ack),
-                       xccl_p2p_ack_word(send->number, XCCL_P2P_OFFERED));
+    xccl_p2p_ack_line_t *line = xccl_gas_local(p2p->world, xccl_p2p_ack_offset(p2p, send->ack));
+    /* relaxed: the offer, published later with release, is what leads anybody here */
+    atomic_store_explicit(&line->joint, 0, memory_order_relaxed);
+    atomic_store_explicit(&line->claimed, 0, memory_order_relaxed);
+    atomic_store_explicit(&line->sent, 0, memory_order_relaxed);
+    atomic_store_explicit(&line->state, xccl_p2p_ack_word(send->number, XCCL_P2P_OFFERED), memory_order_relaxed);
     return XCCL_OK;
 }
 
@@ -141,7 +145,7 @@ static int publish_offer(xccl_p2p_outgoing_t *out, xccl_request_t *send) {
     int status = take_ack(send);
     if (status != XCCL_OK)
         return status;
-    publish_field(out, send, XCCL_P2P_OFFER);
+    publish_field(out, send, send->way);
     return XCCL_OK;
 }
 
@@ -182,7 +186,7 @@ static int publish(xccl_p2p_outgoing_t *out, xccl_request_t *send) {
         return publish_cancel(out, send);
     if (send->way == XCCL_P2P_INLINE)
         return publish_inline(out, send->buffer, send->bytes, send->tag);
-    return send->way == XCCL_P2P_OFFER ? publish_offer(out, send) : publish_chunks(out, send);
+    return xccl_p2p_is_offer(send->way) ? publish_offer(out, send) : publish_chunks(out, send);
 }
 
 /* The first send of the queue has left it, with `status`. */
@@ -264,7 +268,7 @@ bool xccl_p2p_cancel_send(xccl_request_t *send) {
         return false;
     }
     if (send->list == &p2p->awaiting) {
-        if (send->way == XCCL_P2P_OFFER) {
+        if (xccl_p2p_is_offer(send->way)) {
             bool received = withdraw(send);
             drop(send);
             return received;
@@ -287,18 +291,31 @@ bool xccl_p2p_cancel_send(xccl_request_t *send) {
 
 /* ---- calls ---- */
 
-static xccl_p2p_kind_t choose_way(xccl_p2p_t *p2p, const void *buffer, uint64_t bytes, bool sync,
-                                  uint64_t *out_offset) {
-    if (bytes <= XCCL_P2P_INLINE_BYTES && !sync)
-        return XCCL_P2P_INLINE;
-    if (bytes >= p2p->world->header->config.p2p_slot_bytes &&
-        xccl_gas_is_symmetric(p2p->world, buffer, bytes, out_offset))
-        return XCCL_P2P_OFFER;
-    return XCCL_P2P_FIRST;
+/* Sets way and offset. `waits`: the call returns only when the message is on its way, or sent in full. */
+static void choose_way(xccl_request_t *send, bool waits) {
+    xccl_p2p_t *p2p = send->p2p;
+    send->way = XCCL_P2P_FIRST;
+    if (send->bytes <= XCCL_P2P_INLINE_BYTES && !send->sync) {
+        send->way = XCCL_P2P_INLINE;
+    } else if (send->bytes >= p2p->world->header->config.p2p_slot_bytes &&
+               xccl_gas_is_symmetric(p2p->world, send->buffer, send->bytes, &send->offset)) {
+        send->way = XCCL_P2P_OFFER;
+    } else if ((waits || send->bytes > p2p->outgoing[send->peer].ring.limit) &&
+               xccl_p2p_offers_by_cma(p2p, send->peer, send->bytes)) {
+        /* a send that does not wait is done when its message fits the ring, whether the receiver comes or not */
+        send->way = XCCL_P2P_CMA_OFFER;
+        send->offset = (uint64_t)(uintptr_t)send->buffer;
+    }
+}
+
+static void enqueue(xccl_request_t *send) {
+    xccl_p2p_list_append(&send->p2p->outgoing[send->peer].queue, send);
+    send->p2p->num_queued++;
+    xccl_p2p_push(send->p2p, send->peer);
 }
 
 /* Queues the send and publishes what there is room for. */
-static int start(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int dest, int64_t tag, bool sync,
+static int start(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int dest, int64_t tag, bool sync, bool waits,
                  xccl_request_t **out) {
     xccl_p2p_t *p2p = comm->p2p;
     xccl_request_t *send = xccl_p2p_new_request(p2p, true, dest, tag, buffer, bytes);
@@ -313,10 +330,8 @@ static int start(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int dest
             return status;
         }
     } else {
-        send->way = choose_way(p2p, buffer, bytes, sync, &send->offset);
-        xccl_p2p_list_append(&p2p->outgoing[dest].queue, send);
-        p2p->num_queued++;
-        xccl_p2p_push(p2p, dest);
+        choose_way(send, waits);
+        enqueue(send);
     }
     *out = send;
     return XCCL_OK;
@@ -342,7 +357,7 @@ static bool send_at_once(xccl_p2p_t *p2p, const void *buffer, uint64_t bytes, in
         return false;
     if (bytes <= XCCL_P2P_INLINE_BYTES)
         return publish_inline(out, buffer, bytes, tag) == XCCL_OK;
-    /* an offer needs a request, which awaits its acknowledgement */
+    /* an offer needs a request, which awaits its acknowledgement; messages of one chunk are too short for one */
     if (bytes > chunk_bytes(p2p, out, bytes) || bytes >= p2p->world->header->config.p2p_slot_bytes ||
         reserve(p2p, out, bytes) != XCCL_OK || !xccl_ring_has_piece(&out->ring, bytes))
         return false;
@@ -351,24 +366,47 @@ static bool send_at_once(xccl_p2p_t *p2p, const void *buffer, uint64_t bytes, in
     return true;
 }
 
+/* Waits a while for the receiver of an offer; then sends the message in chunks, if the ring holds them. Nothing has
+ * been sent behind the offer, so the order of messages stays. What fails here fails again in the wait that follows. */
+static void insist(xccl_request_t *send, int64_t deadline) {
+    xccl_p2p_t *p2p = send->p2p;
+    xccl_ring_producer_t *ring = &p2p->outgoing[send->peer].ring;
+    if (send->bytes > ring->limit)
+        return;
+    int64_t end = xccl_deadline_at(p2p->world, deadline), until = xccl_p2p_patience(send->bytes);
+    xccl_message_t message;
+    int status = xccl_p2p_await(send, until < end ? until : end, &message);
+    xccl_p2p_note_offer(p2p, send->peer, send->done);
+    if (send->done || status != XCCL_ERR_TIMEOUT || until >= end || send->list != &p2p->awaiting)
+        return;
+    if (withdraw(send)) {
+        return_ack(send);
+        xccl_p2p_complete(send, XCCL_OK);
+        return;
+    }
+    return_ack(send);
+    send->way = XCCL_P2P_FIRST;
+    enqueue(send);
+}
+
 int xccl_p2p_send(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int dest, int64_t tag, xccl_send_mode_t mode,
                   int64_t timeout_ns) {
     int status = check_send(comm, "send", buffer, bytes, dest, tag, mode);
     if (status != XCCL_OK)
         return status;
     xccl_world_t *world = comm->world;
-    if (mode == XCCL_SEND_DEFAULT && world->num_hooks == 0 && send_at_once(comm->p2p, buffer, bytes, dest, tag)) {
-        xccl_op_begin(world, XCCL_OP_SEND); /* behind it: the message is on its way meanwhile */
-        return XCCL_OK;
-    }
-    xccl_op_begin(world, XCCL_OP_SEND);
-    status = xccl_progress(world);
+    if (mode == XCCL_SEND_DEFAULT && world->num_hooks == 0 && xccl_faults_are_off(world) &&
+        send_at_once(comm->p2p, buffer, bytes, dest, tag))
+        return xccl_op_begin(world, XCCL_OP_SEND); /* behind it: the message is on its way meanwhile */
+    status = xccl_op_begin(world, XCCL_OP_SEND);
+    if (status == XCCL_OK)
+        status = xccl_progress(world);
     if (status != XCCL_OK)
         return status;
     if (mode == XCCL_SEND_DEFAULT && send_at_once(comm->p2p, buffer, bytes, dest, tag))
         return XCCL_OK;
     xccl_request_t *send;
-    status = start(comm, buffer, bytes, dest, tag, mode == XCCL_SEND_SYNC, &send);
+    status = start(comm, buffer, bytes, dest, tag, mode == XCCL_SEND_SYNC, true, &send);
     if (status != XCCL_OK)
         return status;
     if (!send->done && dest == comm->rank) {
@@ -378,8 +416,11 @@ int xccl_p2p_send(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int des
             "rank %d, send: a sync send to the own rank (tag %lld) would wait for itself: post an irecv before it",
             comm->rank, (long long)tag);
     }
+    int64_t deadline = xccl_deadline(comm->world, timeout_ns);
+    if (send->way == XCCL_P2P_CMA_OFFER && mode == XCCL_SEND_DEFAULT)
+        insist(send, deadline);
     xccl_message_t message;
-    return xccl_p2p_finish(comm->p2p, send, xccl_deadline(comm->world, timeout_ns), &message);
+    return xccl_p2p_finish(comm->p2p, send, deadline, &message);
 }
 
 int xccl_p2p_isend(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int dest, int64_t tag, xccl_send_mode_t mode,
@@ -387,9 +428,11 @@ int xccl_p2p_isend(xccl_comm_t *comm, const void *buffer, uint64_t bytes, int de
     int status = check_send(comm, "isend", buffer, bytes, dest, tag, mode);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(comm->world, XCCL_OP_SEND);
     xccl_request_t *send = NULL;
-    status = start(comm, buffer, bytes, dest, tag, mode == XCCL_SEND_SYNC, &send);
+    status = xccl_op_begin(comm->world, XCCL_OP_SEND);
+    if (status != XCCL_OK)
+        return status;
+    status = start(comm, buffer, bytes, dest, tag, mode == XCCL_SEND_SYNC, false, &send);
     /* What has failed already is told now: the caller may wait for something else first, and for ever. */
     if (status == XCCL_OK && send->done && send->status != XCCL_OK) {
         xccl_message_t message;

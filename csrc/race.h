@@ -15,7 +15,7 @@
 enum {
     XCCL_RACE_MAX_EXACT = 32,
     XCCL_RACE_CONTEXTS = 8, /* communicators that do not share slots; those that do only take more for ordered */
-    XCCL_RACE_SLOTS = 8,    /* of a context: two epochs of four kinds */
+    XCCL_RACE_SLOTS = 12,   /* of a context: two epochs of six kinds */
     XCCL_RACE_WORDS = 4096, /* words of a window with a history of their own; further ones share one */
     XCCL_RACE_HISTORY = 8,  /* releases of a word that are told apart */
     XCCL_RACE_SITES = 4096,

@@ -103,7 +103,7 @@ static bool races(const xccl_race_t *race, xccl_race_cell_t *cell, const xccl_ra
 
 /* ---- the report ---- */
 
-static const char *operation_name(int op) {
+const char *xccl_race_op_name(int op) {
     static const char *const NAMES[] = {"put", "get", "put_signal", "signal_op", "atomic", "local_read", "local_write"};
     return op >= XCCL_RACE_OP_PUT ? NAMES[op - XCCL_RACE_OP_PUT] : xccl_op_name(op);
 }
@@ -150,12 +150,12 @@ static int report(const xccl_race_t *race, int window, const xccl_race_record_t 
         "  first:  rank %d %s them: %s at %s\n"
         "  second: rank %d %s bytes %llu to %llu: %s at %s\n"
         "  %s",
-        me, operation_name(now->op), (unsigned long long)(common.first - start),
+        me, xccl_race_op_name(now->op), (unsigned long long)(common.first - start),
         (unsigned long long)(common.end - start), window, block ? array_text(race, window, block) : "freed memory",
-        before->rank, before->flags & XCCL_RACE_WRITE ? "writes" : "reads", operation_name(before->op),
+        before->rank, before->flags & XCCL_RACE_WRITE ? "writes" : "reads", xccl_race_op_name(before->op),
         site_text(race, before->rank, before->site), me, now->flags & XCCL_RACE_WRITE ? "writes" : "reads",
-        (unsigned long long)(touched.first - start), (unsigned long long)(touched.end - start), operation_name(now->op),
-        site_text(race, me, now->site), what_orders(race, before, now->flags));
+        (unsigned long long)(touched.first - start), (unsigned long long)(touched.end - start),
+        xccl_race_op_name(now->op), site_text(race, me, now->site), what_orders(race, before, now->flags));
 }
 
 /* ---- accesses ---- */

@@ -36,12 +36,17 @@ typedef enum xccl_race_op_t {
     XCCL_RACE_OP_LOCAL_WRITE
 } xccl_race_op_t;
 
+/* Name of an xccl_op_t or an xccl_race_op_t. */
+const char *xccl_race_op_name(int op);
+
 /* Clocks that members of a communicator publish when they enter an operation, and join when it is over. */
 typedef enum xccl_race_slot_t {
     XCCL_RACE_SYNC, /* xccl_comm_sync */
     XCCL_RACE_COLL,
     XCCL_RACE_DISPATCH,
-    XCCL_RACE_COMBINE
+    XCCL_RACE_COMBINE,
+    XCCL_RACE_A2E,
+    XCCL_RACE_E2A
 } xccl_race_slot_t;
 
 enum { XCCL_RACE_ALL = -1 }; /* instead of one rank: every rank */

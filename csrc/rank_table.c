@@ -7,6 +7,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "faults.h"
 #include "process.h"
 #include "status.h"
 
@@ -31,7 +32,13 @@ static const char *const OPERATIONS[XCCL_OP_COUNT] = {
     [XCCL_OP_DISPATCH] = "dispatch",
     [XCCL_OP_COMBINE] = "combine",
     [XCCL_OP_EP_OPEN] = "ExpertParallel",
+    [XCCL_OP_EP_ALIVE] = "set_alive",
     [XCCL_OP_SHRINK] = "shrink",
+    [XCCL_OP_AE_OPEN] = "AttentionExpert",
+    [XCCL_OP_A2E] = "a2e",
+    [XCCL_OP_A2E_RECV] = "a2e_recv",
+    [XCCL_OP_E2A_SEND] = "e2a_send",
+    [XCCL_OP_E2A] = "e2a",
 };
 
 const char *xccl_op_name(int op) {
@@ -45,7 +52,7 @@ static int64_t coarse_now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-void xccl_op_begin(xccl_world_t *world, xccl_op_t op) {
+int xccl_op_begin(xccl_world_t *world, xccl_op_t op) {
     xccl_rank_entry_t *entry = &world->ranks[world->rank];
     /* relaxed: readers only show these words; the rank is their one writer */
     uint64_t sequence = atomic_load_explicit(&entry->sequence, memory_order_relaxed);
@@ -53,10 +60,13 @@ void xccl_op_begin(xccl_world_t *world, xccl_op_t op) {
     atomic_store_explicit(&entry->operation, op, memory_order_relaxed);
     atomic_store_explicit(&entry->phase, 0, memory_order_relaxed);
     atomic_store_explicit(&entry->moved_ns, coarse_now_ns(), memory_order_relaxed);
+    return xccl_fault_point(world, op, 0);
 }
 
-void xccl_op_phase(xccl_world_t *world, int phase) {
-    atomic_store_explicit(&world->ranks[world->rank].phase, phase, memory_order_relaxed);
+int xccl_op_phase(xccl_world_t *world, int phase) {
+    xccl_rank_entry_t *entry = &world->ranks[world->rank];
+    atomic_store_explicit(&entry->phase, phase, memory_order_relaxed);
+    return xccl_fault_point(world, atomic_load_explicit(&entry->operation, memory_order_relaxed), phase);
 }
 
 /* The process of an attached rank has ended. What cannot be told counts as alive. */
@@ -104,6 +114,81 @@ static int32_t seen_state(const xccl_world_t *world, int rank) {
     return state;
 }
 
+/* ---- how a rank ended ---- */
+
+void xccl_shm_note_exit(xccl_world_t *world, int rank, xccl_exit_t kind, int number) {
+    if (world->read_only || rank < 0 || rank >= world->size || kind == XCCL_EXIT_UNKNOWN)
+        return;
+    xccl_rank_entry_t *entry = &world->ranks[rank];
+    int32_t state = atomic_load_explicit(&entry->state, memory_order_acquire);
+    /* a program between launcher and rank may have ended before the rank */
+    if (state != XCCL_RANK_DEAD && (state != XCCL_RANK_ATTACHED || !is_gone(world, rank)))
+        return;
+    int32_t unknown = 0;
+    /* release, and before the mark: who finds the rank marked dead here with acquire order sees how it ended. Who has
+     * found it dead by itself polls this one word, which says all by itself. */
+    atomic_compare_exchange_strong_explicit(&entry->ended, &unknown, (int32_t)kind << 16 | (number & 0xffff),
+                                            memory_order_release, memory_order_relaxed);
+    if (!xccl_shm_is_dead(world, rank))
+        return;
+    for (int other = 0; other < world->size; other++)
+        if (other != rank)
+            xccl_ring(world, other);
+}
+
+static const char *signal_name(int number) {
+    static const struct {
+        int number;
+        const char *name;
+    } NAMES[] = {{SIGKILL, "SIGKILL"}, {SIGSEGV, "SIGSEGV"}, {SIGABRT, "SIGABRT"}, {SIGBUS, "SIGBUS"},
+                 {SIGTERM, "SIGTERM"}, {SIGINT, "SIGINT"},   {SIGILL, "SIGILL"},   {SIGFPE, "SIGFPE"},
+                 {SIGHUP, "SIGHUP"},   {SIGQUIT, "SIGQUIT"}, {SIGPIPE, "SIGPIPE"}, {SIGALRM, "SIGALRM"},
+                 {SIGTRAP, "SIGTRAP"}, {SIGSYS, "SIGSYS"},   {SIGXCPU, "SIGXCPU"}, {SIGXFSZ, "SIGXFSZ"}};
+    for (size_t i = 0; i < sizeof NAMES / sizeof *NAMES; i++)
+        if (NAMES[i].number == number)
+            return NAMES[i].name;
+    return NULL;
+}
+
+/* "killed by SIGKILL"; empty if it is not known. */
+static void describe_end(int32_t ended, char *out, size_t bytes) {
+    int number = ended & 0xffff;
+    const char *name = signal_name(number);
+    out[0] = 0;
+    if (ended >> 16 == XCCL_EXIT_CODE)
+        snprintf(out, bytes, "exited with code %d", number);
+    else if (ended >> 16 == XCCL_EXIT_MEMORY)
+        snprintf(out, bytes, "killed, out of memory");
+    else if (ended >> 16 == XCCL_EXIT_SIGNAL && name)
+        snprintf(out, bytes, "killed by %s", name);
+    else if (ended >> 16 == XCCL_EXIT_SIGNAL)
+        snprintf(out, bytes, "killed by signal %d", number);
+}
+
+/* Whoever notices a death first may come before the launcher has reaped the process: gives it a moment to say why. */
+static void await_end(const xccl_world_t *world, const xccl_rank_entry_t *entry) {
+    enum { TURNS = 50 };
+    const struct timespec moment = {.tv_nsec = 1000000};
+    for (int i = 0; i < TURNS && atomic_load_explicit(&entry->ended, memory_order_relaxed) == 0; i++) {
+        if (!world->header->held || !xccl_process_is_held(world->fd, XCCL_CREATOR_BYTE))
+            return; /* nobody who could tell */
+        nanosleep(&moment, NULL);
+    }
+}
+
+int xccl_shm_fail_lost(const xccl_world_t *world, int lost, const char *operation) {
+    char line[256];
+    xccl_rank_info_t info = {0};
+    if (atomic_load_explicit(&world->ranks[lost].state, memory_order_acquire) == XCCL_RANK_DEAD)
+        await_end(world, &world->ranks[lost]);
+    xccl_shm_describe_rank(world, lost, line, sizeof line);
+    xccl_shm_rank_info(world, lost, &info);
+    return xccl_fail_lost(lost, &info, "rank %d: %s cannot complete, rank %d is lost. Its last state: %s", world->rank,
+                          operation, lost, line);
+}
+
+/* ---- what is shown ---- */
+
 int xccl_shm_rank_info(const xccl_world_t *world, int rank, xccl_rank_info_t *out) {
     if (rank < 0 || rank >= world->size)
         return xccl_fail(XCCL_ERR_USAGE, "rank %d of a world of %d ranks", rank, world->size);
@@ -116,8 +201,11 @@ int xccl_shm_rank_info(const xccl_world_t *world, int rank, xccl_rank_info_t *ou
         .phase = atomic_load(&entry->phase),
         .waits_for = atomic_load(&entry->waits_for),
         .moved_ns = atomic_load(&entry->moved_ns),
+        .reads_peers = atomic_load(&entry->reads_peers) == 1,
     };
     snprintf(out->operation, sizeof out->operation, "%s", xccl_op_name(atomic_load(&entry->operation)));
+    if (out->state == XCCL_RANK_DEAD)
+        describe_end(atomic_load_explicit(&entry->ended, memory_order_relaxed), out->cause, sizeof out->cause);
     return XCCL_OK;
 }
 
@@ -134,7 +222,7 @@ void xccl_shm_describe_rank(const xccl_world_t *world, int rank, char *out, size
         snprintf(out, bytes, "rank %d: %s", rank, state);
         return;
     }
-    snprintf(out, bytes, "rank %d (pid %d, %s): operation %llu (%s), phase %d, last moved %.1f s ago", rank, info.pid,
-             state, (unsigned long long)info.sequence, info.operation, info.phase,
-             ((double)coarse_now_ns() - (double)info.moved_ns) * 1e-9);
+    snprintf(out, bytes, "rank %d (pid %d, %s%s%s): operation %llu (%s), phase %d, last moved %.1f s ago", rank,
+             info.pid, state, info.cause[0] ? ": " : "", info.cause, (unsigned long long)info.sequence, info.operation,
+             info.phase, ((double)coarse_now_ns() - (double)info.moved_ns) * 1e-9);
 }

@@ -137,8 +137,9 @@ static inline void xccl_ring_publish(xccl_ring_producer_t *ring) {
     uint64_t line = ring->head & (ring->shape.lines - 1);
     ring->ends[line] = ring->taken;
     ring->head++;
+    uint64_t sequence = xccl_fault_published(ring->world, &ring->lines[line], ring->head);
     /* release: content and piece are visible to whoever reads this sequence */
-    atomic_store_explicit(&ring->lines[line].sequence, ring->head, memory_order_release);
+    XCCL_PUBLISH(ring->world, &ring->lines[line].sequence, sequence, memory_order_release);
     xccl_ring(ring->world, ring->consumer);
 }
 

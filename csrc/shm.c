@@ -13,8 +13,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "chaos.h"
+#include "cma.h"
 #include "comm.h"
 #include "copy.h"
+#include "faults.h"
 #include "heap.h"
 #include "process.h"
 #include "racecheck.h"
@@ -25,7 +28,7 @@
 #endif
 
 static const uint64_t MAGIC = 0x6c63637830303031; /* changes with nothing: the ABI number does */
-static const uint32_t ABI = 3;
+static const uint32_t ABI = 4;
 static const uint64_t HUGE_PAGE = 2ull << 20;
 static const uint64_t META_BYTES = 4ull << 30;
 
@@ -364,9 +367,12 @@ static int claim_rank(xccl_world_t *world) {
     if (status != XCCL_OK)
         return status;
     status = xccl_race_open(world);
+    if (status == XCCL_OK)
+        status = xccl_chaos_open(world);
     if (status != XCCL_OK)
         return status;
     xccl_wait_open(world);
+    xccl_cma_open(world);
     /* release: who sees ATTACHED sees pid, start time and the zeroed boot pages */
     atomic_store_explicit(&entry->state, XCCL_RANK_ATTACHED, memory_order_release);
     return XCCL_OK;
@@ -441,10 +447,9 @@ static int attach(int fd, int rank, const char *session, const xccl_world_t *bes
         xccl_shm_unmap(world);
         return status;
     }
-    xccl_op_begin(world, XCCL_OP_INIT);
     ring_all(world);
     *out = world;
-    return XCCL_OK;
+    return xccl_op_begin(world, XCCL_OP_INIT);
 }
 
 int xccl_shm_attach(int fd, int rank, const char *session, xccl_world_t **out) {
@@ -504,7 +509,7 @@ void xccl_shm_detach(xccl_world_t *world) {
     if (world->fork_generation != atomic_load_explicit(&fork_generation, memory_order_relaxed))
         return; /* a forked child: the rank is still its parent's */
     /* release: all that this rank wrote is visible to who sees that it left */
-    atomic_store_explicit(&world->ranks[world->rank].state, XCCL_RANK_CLOSED, memory_order_release);
+    XCCL_PUBLISH(world, &world->ranks[world->rank].state, XCCL_RANK_CLOSED, memory_order_release);
     ring_all(world);
 }
 
@@ -512,6 +517,8 @@ void xccl_shm_unmap(xccl_world_t *world) {
     if (!world)
         return;
     xccl_race_close(world);
+    xccl_faults_close(world);
+    xccl_chaos_close(world);
     leave_mapping(world->mapping);
     free(world->header);
     close(world->fd);

@@ -44,7 +44,13 @@ typedef enum xccl_op_t {
     XCCL_OP_DISPATCH,
     XCCL_OP_COMBINE,
     XCCL_OP_EP_OPEN,
+    XCCL_OP_EP_ALIVE,
     XCCL_OP_SHRINK,
+    XCCL_OP_AE_OPEN,
+    XCCL_OP_A2E,
+    XCCL_OP_A2E_RECV,
+    XCCL_OP_E2A_SEND,
+    XCCL_OP_E2A,
     XCCL_OP_COUNT
 } xccl_op_t;
 
@@ -71,7 +77,7 @@ typedef struct xccl_header_t {
 } xccl_header_t;
 
 /*   rank table entry: the words written by the rank itself and those written by others are on lines apart
- *   line 0  identity: process, state                written by the rank, read by all in slow paths
+ *   line 0  identity: process, state, its end       written by the rank, after its death by others; read in slow paths
  *   line 1  sleeping: bits, see wait.c              written by the rank, read at every signal
  *   line 2  bell                                    written by ringers: the futex word
  *   line 3  what it does: operation, sequence, ...  written by the rank, read by tools
@@ -82,6 +88,10 @@ typedef struct xccl_rank_entry_t {
     _Atomic uint64_t start_time;
     _Atomic uint64_t pid_namespace; /* in which pid and start time mean something; 0: none */
     _Atomic int32_t locked;         /* the rank holds its byte of the object, see process.h */
+    _Atomic int32_t ended;          /* kind << 16 | number, see xccl_exit_t; by who reaped it, once; 0: not known */
+    _Atomic int32_t reads_peers;    /* this and the next two: see cma.h */
+    _Atomic uint64_t cma_address;
+    _Atomic uint64_t cma_word;
     _Alignas(64) _Atomic uint32_t sleeping;
     _Alignas(64) _Atomic uint32_t bell;
     _Alignas(64) _Atomic uint64_t sequence;
@@ -93,6 +103,7 @@ typedef struct xccl_rank_entry_t {
 
 _Static_assert(sizeof(xccl_header_t) <= XCCL_PAGE, "the header is one page");
 _Static_assert(sizeof(xccl_rank_entry_t) == 4 * XCCL_LINE, "a rank entry is four lines");
+_Static_assert(offsetof(xccl_rank_entry_t, ended) == 28, "how a rank ended is on the line of its identity");
 
 typedef struct xccl_hook_t {
     xccl_progress_fn progress;
@@ -115,6 +126,7 @@ struct xccl_world_t {
     bool read_only;           /* an observer without the right to write */
     unsigned fork_generation; /* of the process that attached */
     uint64_t pid_namespace;   /* as in xccl_rank_entry_t */
+    uint64_t cma_word;        /* peers that read it here can read this process: see cma.h */
     xccl_mapping_t *mapping;
     unsigned char *base; /* of the mapping */
     unsigned char *windows;
@@ -125,11 +137,12 @@ struct xccl_world_t {
     char *abort_text;
     xccl_rank_entry_t *ranks;
     xccl_ladder_t ladder;
-    bool fences_by_membarrier; /* a rank that goes to sleep fences this process: see xccl_ring */
-    int64_t timeout_ns;        /* default of blocking calls */
-    uint64_t opened_sequence;  /* operations begun when the world was open: the next one is the user's first */
-    int64_t slow_since;        /* when the current operation's clock started; 0: not yet */
-    uint64_t streaming_bytes;  /* copies from this size on go around the caches, see copy.h */
+    struct xccl_chaos_t *chaos; /* owned by chaos.c; NULL: off */
+    bool fences_by_membarrier;  /* a rank that goes to sleep fences this process: see xccl_ring */
+    int64_t timeout_ns;         /* default of blocking calls */
+    uint64_t opened_sequence;   /* operations begun when the world was open: the next one is the user's first */
+    int64_t slow_since;         /* when the current operation's clock started; 0: not yet */
+    uint64_t streaming_bytes;   /* copies from this size on go around the caches, see copy.h */
     xccl_interrupt_fn interrupted;
     xccl_hook_t hooks[XCCL_MAX_HOOKS];
     int num_hooks;
@@ -138,15 +151,16 @@ struct xccl_world_t {
     bool outlives_peers;                   /* the current wait goes on when ranks die */
     uint64_t mourned[XCCL_MAX_RANKS / 64]; /* dead ranks that shrink has dealt with */
     struct xccl_race_t *race;              /* owned by racecheck.c; NULL: off */
+    struct xccl_faults_t *faults;          /* owned by faults.c; NULL: none are injected */
 };
 
 /* Reserves pages of the object; 0 or an errno. Never by writing, as posix_fallocate does where the file system cannot:
  * peers may be writing there. */
 int xccl_shm_reserve(int fd, uint64_t offset, uint64_t bytes);
 
-/* Note what this rank does. Relaxed stores to its own line: cheap, always on. */
-void xccl_op_begin(xccl_world_t *world, xccl_op_t op);
-void xccl_op_phase(xccl_world_t *world, int phase);
+/* Note what this rank does. Relaxed stores to its own line: cheap, always on. OK, unless a fault is injected there. */
+int xccl_op_begin(xccl_world_t *world, xccl_op_t op) __attribute__((warn_unused_result));
+int xccl_op_phase(xccl_world_t *world, int phase) __attribute__((warn_unused_result));
 
 /* Process of `rank` is gone or a zombie, though it never left; or it cannot come because the creator is gone. */
 bool xccl_shm_is_dead(const xccl_world_t *world, int rank);
@@ -154,7 +168,10 @@ bool xccl_shm_is_dead(const xccl_world_t *world, int rank);
 /* Name of an operation for messages. */
 const char *xccl_op_name(int op);
 
-/* "rank 2 (pid 123): operation 118 (combine), phase 1, attached" */
+/* "rank 2 (pid 123, alive): operation 118 (combine), phase 1, last moved 0.3 s ago" */
 void xccl_shm_describe_rank(const xccl_world_t *world, int rank, char *out, size_t bytes);
+
+/* Fails with PEER_LOST, naming the operation that cannot complete, and what is known of rank `lost` and its end. */
+int xccl_shm_fail_lost(const xccl_world_t *world, int lost, const char *operation);
 
 #endif

@@ -96,8 +96,8 @@ static int await_step(const shrink_t *shrink, const int *ranks, int count, uint6
 
 static void advance(const shrink_t *shrink, uint64_t step) {
     const xccl_comm_t *parent = shrink->parent;
-    atomic_store_explicit(&page_of(shrink, shrink->world->rank)->progress, STEPS * shrink->attempt + step,
-                          memory_order_release);
+    XCCL_PUBLISH(shrink->world, &page_of(shrink, shrink->world->rank)->progress, STEPS * shrink->attempt + step,
+                 memory_order_release);
     for (int pe = 0; pe < parent->size; pe++)
         if (pe != parent->rank)
             xccl_ring(shrink->world, parent->ranks[pe]);
@@ -246,7 +246,9 @@ int xccl_comm_shrink(xccl_comm_t *parent, int64_t timeout_ns, xccl_comm_t **out)
     int status = xccl_check_usable(world);
     if (status != XCCL_OK)
         return status;
-    xccl_op_begin(world, XCCL_OP_SHRINK);
+    status = xccl_op_begin(world, XCCL_OP_SHRINK);
+    if (status != XCCL_OK)
+        return status;
     parent->broken = true;
     shrink_t *shrink = calloc(1, sizeof *shrink);
     if (!shrink)
@@ -259,7 +261,9 @@ int xccl_comm_shrink(xccl_comm_t *parent, int64_t timeout_ns, xccl_comm_t **out)
                                world->rank, XCCL_SHRINK_ATTEMPTS);
         else
             status = attempt(shrink, out);
-        xccl_op_phase(world, (int)shrink->attempt);
+        int phase = status == XCCL_AGAIN ? xccl_op_phase(world, (int)shrink->attempt) : XCCL_OK;
+        if (phase != XCCL_OK)
+            status = phase;
     }
     parent->shrink_attempts = shrink->attempt - 1;
     free(shrink);

@@ -5,7 +5,9 @@
 #include <sys/resource.h>
 #include <time.h>
 
+#include "chaos.h"
 #include "doorbell.h"
+#include "faults.h"
 #include "shm.h"
 #include "status.h"
 
@@ -180,7 +182,9 @@ static int yield(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline,
 /* Sleeps until rung, at most one slice or to the deadline. XCCL_AGAIN with *out_rung: somebody rang. */
 static int doze(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline, bool *out_rung) {
     uint32_t bell = xccl_doorbell_arm(world);
+    xccl_chaos_pause(world, XCCL_CHAOS_SLEEP);
     int status = poll(world, wait);
+    xccl_chaos_pause(world, XCCL_CHAOS_SLEEP);
     int64_t left = status == XCCL_AGAIN ? deadline - xccl_now_ns() : 0;
     *out_rung = left > 0 && xccl_doorbell_sleep(world, bell, left < SLICE_NS ? left : SLICE_NS);
     xccl_doorbell_disarm(world);
@@ -211,7 +215,7 @@ static int sleep_until_ready(xccl_world_t *world, const xccl_wait_t *wait, int64
 static int __attribute__((noinline)) wait_slowly(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline) {
     deadline = xccl_deadline_at(world, deadline);
     int64_t since = xccl_now_ns();
-    int status = yield(world, wait, deadline, since);
+    int status = xccl_chaos_skips(world) ? XCCL_AGAIN : yield(world, wait, deadline, since);
     if (status == XCCL_AGAIN) {
         status = sleep_until_ready(world, wait, deadline);
         atomic_store_explicit(&world->ranks[world->rank].waits_for, -1, memory_order_relaxed);
@@ -220,10 +224,34 @@ static int __attribute__((noinline)) wait_slowly(xccl_world_t *world, const xccl
     return status;
 }
 
+/* A fault that is planned for when the operation waits. */
+static int __attribute__((noinline)) strike(xccl_world_t *world) {
+    int op = atomic_load_explicit(&world->ranks[world->rank].operation, memory_order_relaxed);
+    return xccl_fault_strike(world, op, XCCL_FAULT_WAITS);
+}
+
+static int __attribute__((noinline)) wait_in_chaos(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline) {
+    xccl_chaos_pause(world, XCCL_CHAOS_WAIT);
+    int status = wait->ready(wait->arg) ? XCCL_OK : XCCL_AGAIN;
+    if (status == XCCL_AGAIN && !xccl_chaos_skips(world))
+        status = spin(world, wait, world->ladder.spin);
+    if (status == XCCL_AGAIN) {
+        xccl_chaos_stall(world);
+        status = wait_slowly(world, wait, deadline);
+    }
+    xccl_chaos_pause(world, XCCL_CHAOS_WOKEN);
+    return status;
+}
+
 int xccl_wait(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadline) {
+    int status = xccl_faults_are_off(world) ? XCCL_OK : strike(world);
+    if (status != XCCL_OK)
+        return status;
+    if (!xccl_chaos_is_off(world))
+        return wait_in_chaos(world, wait, deadline);
     if (wait->ready(wait->arg))
         return XCCL_OK;
-    int status = spin(world, wait, world->ladder.spin);
+    status = spin(world, wait, world->ladder.spin);
     return status == XCCL_AGAIN ? wait_slowly(world, wait, deadline) : status;
 }
 

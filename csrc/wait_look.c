@@ -9,13 +9,6 @@ enum { PROBES_PER_LOOK = 4 };
 
 /* ---- who is lost ---- */
 
-static int fail_lost(xccl_world_t *world, int lost) {
-    char line[256];
-    xccl_shm_describe_rank(world, lost, line, sizeof line);
-    return xccl_fail(XCCL_ERR_PEER_LOST, "rank %d: %s cannot complete, rank %d is lost. Its last state: %s",
-                     world->rank, xccl_wait_operation(world), lost, line);
-}
-
 static int32_t state_of(const xccl_world_t *world, int rank) {
     return atomic_load_explicit(&world->ranks[rank].state, memory_order_acquire);
 }
@@ -90,7 +83,7 @@ int xccl_wait_look(xccl_world_t *world, const xccl_wait_t *wait, int64_t deadlin
             return XCCL_OK;
         /* ... and so is the abort that made it leave */
         status = xccl_check_usable(world);
-        return status != XCCL_OK ? status : fail_lost(world, lost);
+        return status != XCCL_OK ? status : xccl_shm_fail_lost(world, lost, xccl_wait_operation(world));
     }
     if (world->outlives_peers && wait->ready(wait->arg))
         return XCCL_OK;

@@ -3,7 +3,7 @@
  * xccl gives the processes ("ranks") of one machine a global address space in POSIX shared memory, with
  * one-sided put, get and signal; on it send/receive, collectives and MoE dispatch/combine.
  *
- *     moe          xccl_moe_*                 dispatch, combine
+ *     moe          xccl_moe_*, xccl_ae_*      dispatch, combine; A2E, E2A
  *     p2p, coll    xccl_p2p_*, xccl_coll_*    send/receive; collectives
  *     gas          xccl_gas_*, xccl_heap_*    symmetric heap, put/get/signal/atomics
  *     shm          xccl_shm_*                 segment, rank table, wait/wake, liveness
@@ -37,13 +37,16 @@ typedef enum xccl_status_t {
     XCCL_ERR_MEMORY = -5,      /* shared memory or address space is used up */
     XCCL_ERR_SYSTEM = -6,      /* a system call failed */
     XCCL_ERR_INTERRUPTED = -7, /* the interrupt hook asked to stop waiting (Ctrl-C) */
-    XCCL_ERR_RACE = -8         /* the race checker found two accesses that nothing orders */
+    XCCL_ERR_RACE = -8,        /* the race checker found two accesses that nothing orders */
+    XCCL_ERR_MISSING = -9,     /* tokens chose experts without a live rank; the combine is complete */
+    XCCL_ERR_INJECTED = -10    /* a fault that was injected on purpose, see xccl_fault_inject */
 } xccl_status_t;
 
 /* Text of the calling thread's last error; valid until its next failing call. */
 const char *xccl_error_message(void);
 
-/* World rank that this error is about: who aborted, or made the other access of a race. -1: none, or the launcher. */
+/* World rank that this error is about: who aborted, is lost, or made the other access of a race. -1: none, or the
+ * launcher. */
 int xccl_error_rank(void);
 
 /* ---- element types ------------------------------------------------------------------------------------ */
@@ -93,7 +96,9 @@ typedef struct xccl_config_t {
     int64_t init_timeout_ns;   /* deadline for all ranks to attach [600 s] */
     int64_t first_timeout_ns;  /* default deadline of a rank's first operation [twice timeout_ns] */
     char session[32];          /* random id of the world, NUL-terminated */
+    uint64_t chaos;            /* seed of perturbations, see below; 0: none [0] */
     int32_t racecheck;         /* 1: look for races, see below [0] */
+    int32_t no_cma;            /* 1: peers do not read each other's ordinary memory through the kernel [0] */
 } xccl_config_t;
 
 /* A rank's state as others see it. */
@@ -105,6 +110,14 @@ typedef enum xccl_rank_state_t {
     XCCL_RANK_STOPPED = 4 /* attached, and its process is stopped: by SIGSTOP or a debugger */
 } xccl_rank_state_t;
 
+/* How the process of a rank ended, as far as whoever reaped it told. */
+typedef enum xccl_exit_t {
+    XCCL_EXIT_UNKNOWN = 0,
+    XCCL_EXIT_CODE = 1,   /* by itself, with this exit code */
+    XCCL_EXIT_SIGNAL = 2, /* killed by this signal */
+    XCCL_EXIT_MEMORY = 3  /* killed by the kernel because memory ran out */
+} xccl_exit_t;
+
 typedef struct xccl_rank_info_t {
     int32_t state; /* xccl_rank_state_t */
     int32_t pid;
@@ -114,6 +127,9 @@ typedef struct xccl_rank_info_t {
     int32_t phase;       /* step inside the operation, its own numbering */
     int32_t waits_for;   /* world rank that it waits for first, -1: none */
     int64_t moved_ns;    /* when operation or phase last changed, CLOCK_MONOTONIC */
+    char cause[32];      /* of a dead rank's end: "killed by SIGKILL"; empty: not known */
+    int32_t
+        reads_peers; /* 1: it reads the ordinary memory of its peers through the kernel: one copy for large messages */
 } xccl_rank_info_t;
 
 /* What a world is, for tools. */
@@ -136,6 +152,9 @@ typedef struct xccl_missing_t {
 
 /* The index-th slot that the calling thread's last TIMEOUT lacked; XCCL_AGAIN if there are fewer (16 are kept). */
 int xccl_error_missing(int index, xccl_missing_t *out);
+
+/* What the calling thread's last PEER_LOST knew of the rank that xccl_error_rank names. */
+void xccl_error_lost(xccl_rank_info_t *out);
 
 /* Bytes of the shared object (address space; pages are reserved when they are allocated). */
 uint64_t xccl_shm_object_bytes(const xccl_config_t *config);
@@ -189,6 +208,10 @@ int xccl_shm_rank_info(const xccl_world_t *world, int rank, xccl_rank_info_t *ou
  * A descriptor that is open for reading only is enough; such an observer changes nothing and cannot abort. */
 int xccl_shm_observe(int fd, xccl_world_t **out);
 
+/* Tells the ranks how the process of `rank` ended, and wakes them. For whoever has reaped it. Nothing happens if it
+ * lives or has left in order. */
+void xccl_shm_note_exit(xccl_world_t *world, int rank, xccl_exit_t kind, int number);
+
 /* What the observed or attached world is. */
 void xccl_shm_session_info(const xccl_world_t *world, xccl_session_info_t *out);
 
@@ -202,6 +225,41 @@ int xccl_shm_die_with_parent(int parent_pid);
 /* The kernel's word to a rank that is not a child of its launcher (a shell may stand between): a thread ends this
  * process when the creator of the world ends. */
 int xccl_shm_die_with_creator(xccl_world_t *world);
+
+/* ---- shm: injected faults -------------------------------------------------------------------------------- */
+
+/* What a fault does to its rank. */
+typedef enum xccl_fault_action_t {
+    XCCL_FAULT_KILL = 0,   /* SIGKILL */
+    XCCL_FAULT_STOP = 1,   /* SIGSTOP; SIGCONT follows after `ns`, never with 0 */
+    XCCL_FAULT_DELAY = 2,  /* sleeps for `ns` */
+    XCCL_FAULT_RAISE = 3,  /* the call fails with INJECTED: at the begin of an operation before anything has happened */
+    XCCL_FAULT_CORRUPT = 4 /* flips `bits` in the next control line that the rank publishes to another one */
+} xccl_fault_action_t;
+
+enum { XCCL_FAULT_ANY_OPERATION = -1 };
+
+/* Phase: the operation comes to wait for others. It has published what it can by then. */
+enum { XCCL_FAULT_WAITS = -1 };
+
+/* A fault strikes when its rank comes for the nth time to a phase of an operation. */
+typedef struct xccl_fault_t {
+    int32_t operation; /* see xccl_fault_operation */
+    int32_t phase;     /* as in xccl_rank_info_t: 0 when it begins */
+    int32_t action;    /* xccl_fault_action_t */
+    int32_t word;      /* corrupt: 0 is the word that publishes its line, 1 to 7 are those that follow */
+    uint64_t nth;      /* counted from 1 since the injection; 0: each time */
+    int64_t ns;
+    uint64_t bits;
+} xccl_fault_t;
+
+/* Name of the operation with this number, as xccl_rank_info_t has it, also of put, get, put_signal, signal_op and
+ * atomic, which it does not show; NULL beyond the last. */
+const char *xccl_fault_operation(int operation);
+
+/* From now on these faults strike this rank, instead of earlier ones; with count 0 none. For tests. USAGE if one makes
+ * no sense, or would kill or stop a process with several ranks. */
+int xccl_fault_inject(xccl_world_t *world, const xccl_fault_t *faults, int count);
 
 /* ---- communicators ------------------------------------------------------------------------------------- */
 
@@ -322,6 +380,19 @@ void xccl_gas_quiet(xccl_comm_t *comm);
 int xccl_gas_atomic(xccl_comm_t *comm, void *target, int width, xccl_atomic_op_t op, uint64_t value, uint64_t compare,
                     int pe, uint64_t *out_old);
 
+/* ---- shm: chaos ------------------------------------------------------------------------------------------- */
+
+/* In a world with chaos > 0 each rank pauses at random where ranks wait for each other, and its puts become visible in
+ * any order that is not ruled out by what is promised; the same seed does it in the same way. Messages of errors name
+ * the seed. */
+
+/* The seed of this rank; 0: it is not perturbed. An observer sees the one that the world began with. */
+uint64_t xccl_chaos_seed(const xccl_world_t *world);
+
+/* Begins anew with another seed, on this rank. It must be > 0, and the world made with chaos. For tests: many seeds in
+ * one world. */
+int xccl_chaos_reseed(xccl_world_t *world, uint64_t seed);
+
 /* ---- gas: the race checker ------------------------------------------------------------------------------ */
 
 /* In a world with racecheck = 1, each operation notes what it reads and writes in the app data area, and fails with
@@ -420,7 +491,20 @@ typedef struct xccl_moe_t xccl_moe_t;
 /* One dispatch of one member: what it sent where, and what it received. Combine needs it, once. */
 typedef struct xccl_moe_handle_t xccl_moe_handle_t;
 
-/* Equal on all members, except simd. */
+/* What combine does about a token with an expert that had no live rank when it was dispatched. Each sum of weights
+ * is in float32 over the slots in ascending order; without weights each slot weighs 1.
+ *   RAISE        sums as ZERO does, completes, then returns MISSING
+ *   RENORMALIZE  each weight w becomes w / (sum over the live experts) * (sum over all experts of the token). Where a
+ *                weight is negative or NaN, or a sum 0 or infinite, they stay as they are
+ *   ZERO         sums over the live experts
+ * With each of them a token without any live expert gets zeros. */
+typedef enum xccl_on_missing_t {
+    XCCL_MISSING_RAISE = 0,
+    XCCL_MISSING_RENORMALIZE = 1,
+    XCCL_MISSING_ZERO = 2
+} xccl_on_missing_t;
+
+/* Equal on all members, except simd and on_missing. */
 typedef struct xccl_moe_config_t {
     int64_t num_experts;
     int64_t hidden;         /* elements of a row */
@@ -429,6 +513,7 @@ typedef struct xccl_moe_config_t {
     xccl_dtype_t dtype;
     xccl_quant_t quant;
     xccl_simd_t simd;
+    xccl_on_missing_t on_missing;
 } xccl_moe_config_t;
 
 /* Address space of each member's window that a group takes, in bytes. Pages are reserved only up to what
@@ -440,7 +525,7 @@ typedef struct xccl_moe_bytes_t {
 } xccl_moe_bytes_t;
 
 /* What xccl_moe_open will take with these arguments: the same computation. owner[expert] is the member that
- * holds it. Local. */
+ * holds it, -1 if none does. Local. */
 int xccl_moe_bytes(const xccl_moe_config_t *config, int num_ranks, const int32_t *owner, xccl_moe_bytes_t *out);
 
 /* Opens a group over `comm`. A member whose arguments differ is named in a USAGE error on all members. Collective. */
@@ -457,6 +542,12 @@ void xccl_moe_discard(xccl_moe_t *moe);
 /* Offset in the own window, and bytes, of the pool: address space for rows that peers may read in place.
  * Its owner decides what lies where and reserves pages with xccl_heap_commit. */
 void xccl_moe_pool(const xccl_moe_t *moe, uint64_t *out_offset, uint64_t *out_bytes);
+
+/* Says which members are alive [comm size], 0 or 1; at first all are. Dispatches sent from now on skip the experts
+ * of the others, which still take part in every call; a handle keeps what held at its dispatch. USAGE on all members,
+ * naming rank, got and expected, if it differs between them; then nothing changed. May be called while operations are
+ * in flight. Collective. */
+int xccl_moe_set_alive(xccl_moe_t *moe, const unsigned char *alive, int64_t timeout_ns);
 
 /* Stages and publishes the rows of x [num_tokens, hidden]. topk_idx [num_tokens, num_topk]: experts, -1 for
  * none. topk_weights (may be NULL) are kept for combine. All arrays may be reused on return. Waits only for the
@@ -481,11 +572,96 @@ int xccl_moe_combine_send(xccl_moe_t *moe, xccl_moe_handle_t *handle, const void
                           const float *topk_weights, int64_t timeout_ns);
 
 /* Waits for the outputs of all members and writes the weighted sums to out [num_tokens, hidden]. Returns
- * when no member reads y any more, if it was read in place. */
+ * when no member reads y any more, if it was read in place. MISSING, for which see xccl_on_missing_t, is no failure
+ * of the group: out is written, the handle used. */
 int xccl_moe_combine_wait(xccl_moe_t *moe, xccl_moe_handle_t *handle, void *out, int64_t timeout_ns);
+
+/* Another policy than the group's for this handle. Local; before xccl_moe_combine_wait. */
+void xccl_moe_on_missing(xccl_moe_handle_t *handle, xccl_on_missing_t policy);
+
+/* What each token lacks [num_tokens]: the sum of the weights of its experts without a live rank (their number, without
+ * weights), and how many of its slots name such an expert and a live one. Weights are those of combine once it was
+ * sent with some, before that those of dispatch. Local; the group may be closed already. */
+void xccl_moe_missing(const xccl_moe_handle_t *handle, float *out_weight, int32_t *out_num_missing,
+                      int32_t *out_num_kept);
 
 /* Frees a handle, NULL too; not while its dispatch or combine is in flight. The group may be closed already. */
 void xccl_moe_handle_free(xccl_moe_handle_t *handle);
+
+/* ---- moe: attention and experts on separate ranks ------------------------------------------------------- */
+
+/* The way of tokens from attention ranks to expert ranks (A2E) and of outputs back (E2A).
+ * DIRECT: every attention rank tells every expert rank, and sums the outputs itself. TRAMPOLINE: each attention rank
+ * has one of the first expert ranks as its trampoline, writes its tokens there and tells only that one; the trampoline
+ * tells the others, and sums. Both give the same bits. AUTO: TRAMPOLINE if there are fewer attention ranks than expert
+ * ranks. */
+typedef enum xccl_path_t { XCCL_PATH_AUTO = 0, XCCL_PATH_DIRECT = 1, XCCL_PATH_TRAMPOLINE = 2 } xccl_path_t;
+
+/* One domain: attention ranks that send together, and the expert ranks. It belongs to one thread. Each attention rank
+ * calls a2e, then e2a; each expert rank the others, for the same micro-batches:
+ *
+ *     attention ranks    a2e ------------------------------------------------------> e2a
+ *     expert ranks       recv_begin -> recv_wait -> recv_pull -> send_begin -> send_finish
+ *
+ * Two micro-batches may be in flight, and complete in any order. Ranks without tokens, or rows, take part with none.
+ * Every step that fails with TIMEOUT or INTERRUPTED may be called again. */
+typedef struct xccl_ae_t xccl_ae_t;
+
+/* Equal on all members, except layer.simd. */
+typedef struct xccl_ae_config_t {
+    xccl_moe_config_t layer; /* num_max_tokens is that of an attention rank */
+    xccl_path_t path;
+    int32_t num_attention_ranks;
+    int32_t num_expert_ranks;
+    int32_t first_trampoline; /* index of the expert rank that is the first: others for other domains */
+} xccl_ae_config_t;
+
+/* What xccl_ae_open will take with these arguments. owner[expert] is the index of its expert rank. Local. */
+int xccl_ae_bytes(const xccl_ae_config_t *config, const int32_t *owner, xccl_moe_bytes_t *out);
+
+/* Opens a domain. attention_ranks and expert_ranks are members of `comm`, each ascending, none in both; members in
+ * neither take part in opening and closing only. Collective over `comm`. */
+int xccl_ae_open(xccl_comm_t *comm, const xccl_ae_config_t *config, const int32_t *attention_ranks,
+                 const int32_t *expert_ranks, const int32_t *owner, int64_t timeout_ns, xccl_ae_t **out);
+
+/* As xccl_moe_close. USAGE while a micro-batch is in flight here. Collective. */
+int xccl_ae_close(xccl_ae_t *ae, int keep_pool, int64_t timeout_ns);
+
+/* As xccl_moe_discard and xccl_moe_pool. */
+void xccl_ae_discard(xccl_ae_t *ae);
+void xccl_ae_pool(const xccl_ae_t *ae, uint64_t *out_offset, uint64_t *out_bytes);
+
+/* The path that is taken, never AUTO. */
+xccl_path_t xccl_ae_taken_path(const xccl_ae_t *ae);
+
+/* Fields and signals that this rank has written to other ranks so far. */
+uint64_t xccl_ae_updates(const xccl_ae_t *ae);
+
+/* Attention rank: stages and publishes the rows of x [num_tokens, hidden]; arguments as in xccl_moe_dispatch_send.
+ * Does not wait. Gives the number of the micro-batch, from 1. USAGE if two are in flight already. */
+int xccl_ae_a2e(xccl_ae_t *ae, const void *x, int64_t num_tokens, const int64_t *topk_idx, const float *topk_weights,
+                uint64_t *out_batch);
+
+/* Attention rank: waits for the outputs of the micro-batch, and writes the weighted sums to out [num_tokens, hidden].
+ */
+int xccl_ae_e2a(xccl_ae_t *ae, uint64_t batch, void *out, int64_t timeout_ns);
+
+/* Expert rank: begins to receive the next micro-batch. A trampoline whose tokens are there tells the others now. Does
+ * not wait. USAGE if two are in flight already. */
+int xccl_ae_recv_begin(xccl_ae_t *ae, uint64_t *out_batch);
+
+/* As xccl_moe_dispatch_wait and xccl_moe_dispatch_pull; src_rank is a member of the communicator. */
+int xccl_ae_recv_wait(xccl_ae_t *ae, uint64_t batch, int64_t timeout_ns, int64_t *out_num_recv,
+                      int32_t *out_num_recv_per_expert);
+int xccl_ae_recv_pull(xccl_ae_t *ae, uint64_t batch, void *recv_x, float *scales, int32_t *src_rank,
+                      int32_t *src_token);
+
+/* Publishes y [num_recv, hidden] as xccl_moe_combine_send does. Does not wait. */
+int xccl_ae_send_begin(xccl_ae_t *ae, uint64_t batch, const void *y, uint64_t row_stride);
+
+/* A trampoline waits for the outputs of all expert ranks, and sums. Returns when nobody reads y any more, if it is read
+ * in place. */
+int xccl_ae_send_finish(xccl_ae_t *ae, uint64_t batch, int64_t timeout_ns);
 
 /* ---- coll: collectives --------------------------------------------------------------------------------- */
 

@@ -36,3 +36,10 @@ def _nothing_left_behind() -> Iterator[None]:
     assert _shared_objects() <= objects, "a test left a shared object in /dev/shm"
     assert _children() <= children, "a test left a child process"
     assert sys.float_info.min / 2 != 0, "a test left denormals switched off: later tests compute other bits"
+
+
+@pytest.fixture
+def rings_of_512_kib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All messages go through rings of a known length, for tests that fill them. It follows the caches otherwise."""
+    monkeypatch.setenv("XCCL_P2P_SLOTS", "8")
+    monkeypatch.setenv("XCCL_CMA", "off")

@@ -75,25 +75,40 @@ class Batch:
     xs: list[np.ndarray]
     idxs: list[np.ndarray]
     weights: list[np.ndarray]
+    alive: list[bool] | None = None
     received: list[reference.Received] = field(init=False)
     ys: list[np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
         layer = self.layer
         self.received = reference.dispatch(
-            self.xs, self.idxs, layer.num_experts, expert_map=layer.expert_map, quant=layer.quant
+            self.xs, self.idxs, layer.num_experts, expert_map=layer.expert_map, alive=self.alive, quant=layer.quant
         )
         self.ys = [expert_outputs(r, layer) for r in self.received]
 
     def raw(self) -> list[reference.Received]:
         layer = self.layer
         return reference.dispatch(
-            self.xs, self.idxs, layer.num_experts, expert_map=layer.expert_map, quant=layer.quant, dequantize=False
+            self.xs,
+            self.idxs,
+            layer.num_experts,
+            expert_map=layer.expert_map,
+            alive=self.alive,
+            quant=layer.quant,
+            dequantize=False,
         )
 
-    def outs(self, weighted: bool) -> list[np.ndarray]:
+    def outs(self, weighted: bool, on_missing: str = "raise") -> list[np.ndarray]:
         weights = self.weights if weighted else None
-        return reference.combine(self.ys, self.idxs, self.layer.num_experts, weights, expert_map=self.layer.expert_map)
+        return reference.combine(
+            self.ys,
+            self.idxs,
+            self.layer.num_experts,
+            weights,
+            expert_map=self.layer.expert_map,
+            alive=self.alive,
+            on_missing=on_missing,
+        )
 
 
 def expert_outputs(received: reference.Received, layer: Layer) -> np.ndarray:
@@ -105,9 +120,12 @@ def expert_outputs(received: reference.Received, layer: Layer) -> np.ndarray:
         return (received.recv_x.astype(np.float32) * (local[:, None] + 0.75)).astype(layer.dtype)
 
 
-def random_batch(rng: np.random.Generator, layer: Layer) -> Batch:
-    """Random routing: -1 and duplicates, skew, any number of tokens, none on some ranks."""
-    tokens = rng.integers(0, layer.max_tokens + 1, layer.size) * (rng.random(layer.size) < 0.8)
+Arrays = list[np.ndarray]
+
+
+def random_inputs(rng: np.random.Generator, layer: Layer, num_sources: int) -> tuple[Arrays, Arrays, Arrays]:
+    """Random tokens, experts and weights: -1 and duplicates, skew, any number of tokens, none on some ranks."""
+    tokens = rng.integers(0, layer.max_tokens + 1, num_sources) * (rng.random(num_sources) < 0.8)
     holes, skew = rng.choice([0, 0.3, 1], p=[0.4, 0.5, 0.1]), rng.choice([1, 4])
     xs, idxs, weights = [], [], []
     for n in tokens:
@@ -118,14 +136,47 @@ def random_batch(rng: np.random.Generator, layer: Layer) -> Batch:
         idx = (rng.random((n, layer.num_topk)) ** skew * layer.num_experts).astype(np.int64)
         idxs.append(np.where(rng.random(idx.shape) < holes, -1, idx))
         weights.append(rng.standard_normal(idx.shape).astype(np.float32))
-    return Batch(layer, xs, idxs, weights)
+    return xs, idxs, weights
+
+
+def random_batch(rng: np.random.Generator, layer: Layer, alive: list[bool] | None = None) -> Batch:
+    return Batch(layer, *random_inputs(rng, layer, layer.size), alive)
+
+
+def place(
+    kind: str, y: np.ndarray, group: xccl.ExpertParallel | xccl.AttentionExpert, recv_x: np.ndarray, heap: np.ndarray
+) -> np.ndarray:
+    """y in one of the places where a caller may keep it."""
+    if kind == "recv_x":
+        target = recv_x
+    elif kind == "pool":
+        target = group.empty(len(y))
+    elif kind == "strided":  # rows of the pool with gaps between them
+        target = group.empty(2 * len(y))[::2]
+    elif kind == "heap" and y.nbytes <= heap.nbytes - 64:
+        target = heap[64 : 64 + y.nbytes].view(y.dtype).reshape(y.shape)
+    else:
+        return y.copy()
+    target[...] = y
+    return target
 
 
 def check_received(batch: Batch, rank: int, recv_x: np.ndarray, handle: object, what: object = "") -> None:
     expected = batch.received[rank]
+    check_rows(expected, np.arange(len(batch.xs)), recv_x, handle, what)
+
+
+def check_rows(
+    expected: reference.Received, sources: np.ndarray, recv_x: np.ndarray, handle: object, what: object = ""
+) -> None:
+    """`sources` are the ranks that `expected` numbers from 0."""
     assert_same_numbers(recv_x, expected.recv_x, what)
-    for name in ("num_recv_tokens_per_expert", "src_rank", "src_token"):
+    for name, value in (
+        ("num_recv_tokens_per_expert", expected.num_recv_tokens_per_expert),
+        ("src_rank", sources[expected.src_rank]),
+        ("src_token", expected.src_token),
+    ):
         actual = getattr(handle, name)
         assert actual.dtype == np.int32
-        np.testing.assert_array_equal(actual, getattr(expected, name), f"{name}: {what}")
+        np.testing.assert_array_equal(actual, value, f"{name}: {what}")
     assert handle.num_recv == len(expected.recv_x)

@@ -104,6 +104,21 @@ def test_with_keep_going_the_survivors_of_a_kill_go_on(tmp_path: Path) -> None:
     assert "the others go on" in done.stderr
 
 
+@pytest.mark.parametrize("shell", [[], ["sh", "-c"]])
+def test_the_survivors_learn_the_signal_also_behind_a_shell(tmp_path: Path, shell: list[str]) -> None:
+    program = tmp_path / "survive.py"
+    program.write_text(
+        "import os, signal, xccl\n"
+        "comm = xccl.init()\n"
+        "if comm.rank == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "try:\n    comm.barrier()\n"
+        "except xccl.XcclPeerLost as error:\n    print(error.rank, error.cause)\n    comm.shrink()\n"
+    )
+    command = [*shell, f"{sys.executable} {program}; exit $?"] if shell else [program]
+    done = _run("-n", 3, "--keep-going", *command)
+    assert done.stdout.splitlines() == ["1 killed by SIGKILL"] * 2, done.stderr
+
+
 def test_a_killed_rank_is_named(program: Path) -> None:
     done = _run("-n", 3, program, "kill")
     assert done.returncode == 128 + signal.SIGKILL

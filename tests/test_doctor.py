@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from xccl import doctor
-from xccl.cgroup import read_limits, usable_cores
+from xccl.cgroup import oom_kills, read_limits, usable_cores
 from xccl.doctor import CHECKS, FAIL, PASS, WARN, Machine, examine
 
 
@@ -168,5 +168,36 @@ def test_the_tightest_limit_counts(
     assert (limits.cpus, limits.memory) == (cpus, memory)
 
 
+@pytest.mark.parametrize(
+    ("files", "kills"),
+    [
+        ({}, 0),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/memory.events": "low 0\noom 7\noom_kill 3\n"}, 3),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/docker/x\n",
+                "sys/fs/cgroup/memory/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n",
+            },
+            2,
+        ),
+    ],
+)
+def test_kills_for_want_of_memory_are_counted(files: dict[str, str], kills: int, tmp_path: Path) -> None:
+    assert oom_kills(_write(tmp_path, files)) == kills
+
+
 def test_cores_are_at_least_one() -> None:
     assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
+
+
+def test_refused_single_copies_are_a_warning_that_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scope = tmp_path / "proc/sys/kernel/yama/ptrace_scope"
+    scope.parent.mkdir(parents=True)
+    scope.write_text("1\n")
+    assert doctor.check_single_copy(doctor.Machine(tmp_path)).status == doctor.PASS, "tried, not guessed"
+    monkeypatch.setattr(doctor, "_SINGLE_COPY", "print(0)")
+    finding = doctor.check_single_copy(doctor.Machine(tmp_path))
+    assert finding.status == doctor.WARN
+    assert "ptrace_scope is 1" in finding.why
+    monkeypatch.setenv("XCCL_CMA", "off")
+    assert "switched off" in doctor.check_single_copy(doctor.Machine(tmp_path)).why

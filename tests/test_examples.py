@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def run_program(program: Path, ranks: int) -> str:
+def run_program(program: Path, ranks: int, *options: str) -> str:
     """Output of `xccl run`; fails the test with all output if a rank fails or hangs."""
-    command = [sys.executable, "-m", "xccl", "run", "-n", str(ranks), "--timeout", "60", str(program)]
+    command = [sys.executable, "-m", "xccl", "run", "-n", str(ranks), "--timeout", "60", *options, str(program)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -31,6 +31,15 @@ def run_program(program: Path, ranks: int) -> str:
 def test_python_example(name: str, expected: str, ranks: int) -> None:
     output = run_program(ROOT / "examples" / name, ranks)
     assert output == expected.format(n=ranks, sum=ranks * (ranks - 1) // 2)
+
+
+@pytest.mark.parametrize(("ranks", "left", "experts"), [(1, 1, 8), (2, 1, 4), (4, 3, 6)])
+def test_elastic_example(ranks: int, left: int, experts: int) -> None:
+    output = run_program(ROOT / "examples" / "elastic_moe.py", ranks, "--keep-going")
+    assert output == (
+        f"20 steps, {ranks} ranks at the start and {left} at the end, with {experts} of 8 experts: "
+        "equal to the dense layer within 1e-4\n"
+    )
 
 
 def test_c_example(tmp_path: Path) -> None:

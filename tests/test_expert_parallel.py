@@ -8,29 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from moe_support import DTYPES, Batch, Layer, assert_same_numbers, check_received, random_batch, random_layer
+from moe_support import DTYPES, Batch, Layer, assert_same_numbers, check_received, place, random_batch, random_layer
 from support import ranks
 
 import xccl
 
 rounds = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 seeds = st.integers(0, 2**32 - 1)
-
-
-def place(kind: str, y: np.ndarray, ep: xccl.ExpertParallel, recv_x: np.ndarray, heap: np.ndarray) -> np.ndarray:
-    """y in one of the places where a caller may keep it."""
-    if kind == "recv_x":
-        target = recv_x
-    elif kind == "pool":
-        target = ep.empty(len(y))
-    elif kind == "strided":  # rows of the pool with gaps between them
-        target = ep.empty(2 * len(y))[::2]
-    elif kind == "heap" and y.nbytes <= heap.nbytes - 64:
-        target = heap[64 : 64 + y.nbytes].view(y.dtype).reshape(y.shape)
-    else:
-        return y.copy()
-    target[...] = y
-    return target
 
 
 def one_round(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,30 @@ def test_the_others_learn_who_failed_and_why(tmp_path: Path) -> None:
         assert who == "1"
         assert why.startswith("Traceback")
         assert why.rstrip().endswith("KeyError: 'the reason'")
+
+
+@pytest.mark.parametrize("way", ["recv", "sync send", "request"])
+def test_who_waits_in_a_message_learns_it_too(tmp_path: Path, way: str) -> None:
+    """Their errors are kept in the request, with the rank that they are about."""
+
+    def fail_on_one(comm: xccl.Communicator) -> None:
+        if comm.rank == 1:
+            time.sleep(0.3)
+            raise KeyError("the reason")
+        try:
+            if way == "recv":
+                comm.recv(np.empty(1), 1)
+            elif way == "sync send":
+                comm.send(np.ones(1), 1, mode="sync")
+            else:
+                comm.irecv(np.empty(1), 1).wait()
+        except xccl.XcclAborted as error:
+            (tmp_path / "told").write_text(f"{error.rank} {error.traceback_text}")
+            raise
+
+    with pytest.raises(xccl.XcclAborted):
+        xccl.run(fail_on_one, 2, timeout=30)
+    assert (tmp_path / "told").read_text().startswith("1 Traceback")
 
 
 WAITING = """
@@ -150,3 +176,73 @@ def test_worlds_nest_and_repeat() -> None:
 def test_impossible_sizes_are_refused(nranks: int) -> None:
     with pytest.raises(xccl.XcclUsageError, match="number of ranks"):
         xccl.run(lambda comm: None, nranks)
+
+
+# ---- why a rank died ----
+
+
+@pytest.mark.parametrize(
+    ("end", "cause"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by SIGKILL"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "killed by SIGSEGV"),
+        (lambda: os.kill(os.getpid(), signal.SIGRTMIN + 3), f"killed by signal {signal.SIGRTMIN + 3}"),
+        (lambda: os._exit(3), "exited with code 3"),
+        (lambda: os._exit(0), "exited with code 0"),
+    ],
+)
+def test_survivors_are_told_why_a_rank_died(end: Callable[[], None], cause: str) -> None:
+    def lose(comm: xccl.Communicator) -> tuple[int, int, str, str]:
+        if comm.rank == 1:
+            end()
+        with pytest.raises(xccl.XcclPeerLost) as caught:
+            comm.barrier()
+        again = pickle.loads(pickle.dumps(caught.value))
+        return again.rank, again.pid, again.cause, str(again)
+
+    first, lost, last = xccl.run(lose, 3, timeout=30, keep_going=True)
+    assert (lost.rank, lost.cause.replace("SIGRTMIN+3", "signal 37")) == (1, cause)
+    for told in (first, last):
+        assert told[:3] == (1, lost.pid, cause)
+        assert f"rank 1 (pid {lost.pid}, dead: {cause}): operation" in told[3]
+
+
+def test_a_rank_killed_for_want_of_memory_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    kills = iter([5, 6, 6, 6])
+    monkeypatch.setattr("xccl._exits.oom_kills", lambda: next(kills))
+
+    def lose(comm: xccl.Communicator) -> str:
+        if comm.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(xccl.XcclPeerLost) as caught:
+            comm.barrier()
+        return caught.value.cause
+
+    told, lost = xccl.run(lose, 2, timeout=30, keep_going=True)
+    assert told == lost.cause == "killed, out of memory"
+
+
+def test_a_rank_that_left_in_order_has_no_cause() -> None:
+    def leave(comm: xccl.Communicator) -> tuple[int, str]:
+        if comm.rank == 0:
+            return 0, ""
+        with pytest.raises(xccl.XcclPeerLost, match="has left") as caught:
+            comm.recv(np.empty(1), 0)
+        return caught.value.rank, caught.value.cause
+
+    assert xccl.run(leave, 2, timeout=30) == [(0, ""), (0, "")]
+
+
+def test_the_cause_reaches_who_polls_a_request() -> None:
+    def lose(comm: xccl.Communicator) -> str:
+        if comm.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        request = comm.irecv(np.empty(1), 1)
+        try:
+            while not request.test():
+                time.sleep(0.01)
+        except xccl.XcclPeerLost as error:
+            return error.cause
+        return "it came"
+
+    assert xccl.run(lose, 2, timeout=30, keep_going=True)[0] == "killed by SIGKILL"

@@ -64,7 +64,7 @@ def test_4_visibility_is_transitive_over_signals(comm: xccl.Communicator) -> Non
     """0 writes to the last rank, signals 1, 1 signals 2, ...: the last rank sees the write of 0."""
     a, flag = comm.zeros(1, "int64"), comm.signal()
     last = comm.size - 1
-    for turn in range(1, 50):
+    for turn in range(1, TURNS // 6):
         if comm.rank == 0:
             comm.put(a, np.array([turn]), last)
             comm.quiet()
@@ -91,20 +91,21 @@ def test_5_atomics_lose_no_update(comm: xccl.Communicator) -> None:
 @ranks(2, 4)
 def test_5_compare_swap_is_a_lock(comm: xccl.Communicator) -> None:
     lock, value = comm.zeros(1, "int64"), comm.zeros(1, "int64")
-    for _ in range(50):
+    turns = TURNS // 6
+    for _ in range(turns):
         while comm.atomic_compare_swap(lock, 0, comm.rank + 1, 0) != 0:
             pass
         theirs = comm.ptr(value, 0)
         theirs[0] = theirs[0] + 1
         assert comm.atomic_swap(lock, 0, 0) == comm.rank + 1
     comm._sync(None)
-    assert comm.ptr(value, 0)[0] == 50 * comm.size
+    assert comm.ptr(value, 0)[0] == turns * comm.size
 
 
 @ranks(2, 4)
 def test_6_signals_that_add_count_every_sender(comm: xccl.Communicator) -> None:
     arrived = comm.signal()
-    for turn in range(1, 30):
+    for turn in range(1, TURNS // 10):
         for pe in range(comm.size):
             comm.signal_op(arrived, 1, pe, op="add")
         assert comm.wait_until(arrived, ">=", turn * comm.size) >= turn * comm.size
@@ -127,7 +128,7 @@ def test_7_arrays_outlive_the_communicator(comm: xccl.Communicator) -> None:
 def test_8_fresh_memory_is_zero_and_early_puts_are_kept(comm: xccl.Communicator) -> None:
     """Bug class 1: a rank that zeroes its copy after the collective allocation wipes what a faster peer wrote."""
     to, source = _neighbours(comm)
-    for turn in range(100):
+    for turn in range(TURNS // 3):
         a, flag = comm.zeros(3, "int64"), comm.signal()
         comm.put(a[1:2], np.array([turn + comm.rank + 1]), to)
         comm.signal_op(flag, 1, to)

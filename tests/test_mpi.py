@@ -21,16 +21,17 @@ def mpi(request: pytest.FixtureRequest) -> MpiEnvironment:
         pytest.skip(str(error))
 
 
-def _run(mpi: MpiEnvironment, nranks: int, program: str) -> None:
-    code, output = _output_of(mpi, nranks, program)
+def _run(mpi: MpiEnvironment, nranks: int, program: str, **options: str) -> None:
+    code, output = _output_of(mpi, nranks, program, **options)
     assert code == 0, f"{program} on {nranks} ranks:\n{output[-4000:]}"
     assert "all equal" in output
 
 
-def _output_of(mpi: MpiEnvironment, nranks: int, program: str) -> tuple[int, str]:
+def _output_of(mpi: MpiEnvironment, nranks: int, program: str, **options: str) -> tuple[int, str]:
     """Exit code, and what all ranks wrote."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("XCCL_")}
     environment |= mpi.variables() | {"XCCL_COLL_BLOCK_SIZE": "64K", "XCCL_TIMEOUT": "60", "OMP_NUM_THREADS": "1"}
+    environment |= options
     command = mpi.command(nranks, PROGRAMS / program)
     process = subprocess.Popen(
         command,
@@ -54,6 +55,11 @@ def _output_of(mpi: MpiEnvironment, nranks: int, program: str) -> tuple[int, str
 @pytest.mark.parametrize("nranks", [1, 2, 3, 5, 8])
 def test_collectives(mpi: MpiEnvironment, nranks: int) -> None:
     _run(mpi, nranks, "collectives.py")
+
+
+@pytest.mark.timeout(TIMEOUT + 60)
+def test_collectives_under_chaos(mpi: MpiEnvironment) -> None:
+    _run(mpi, 3, "collectives.py", XCCL_CHAOS="17")
 
 
 @pytest.mark.timeout(TIMEOUT + 60)

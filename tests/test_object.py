@@ -212,7 +212,7 @@ def test_another_session_or_size_is_refused() -> None:
         shared.close()
 
 
-@pytest.mark.parametrize("offset", [0, 8, 12, 16, 24, 152, 160, 168, 192])
+@pytest.mark.parametrize("offset", [0, 8, 12, 16, 24, 160, 168, 176, 200])
 def test_a_damaged_control_page_is_refused(offset: int) -> None:
     """Words of the header: magic, ABI and owner, configuration, layout."""
     shared = SharedObject(2)

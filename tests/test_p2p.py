@@ -14,6 +14,8 @@ from support import ranks
 import xccl
 from xccl import ANY_SOURCE, ANY_TAG
 
+pytestmark = pytest.mark.usefixtures("rings_of_512_kib")
+
 INLINE, SLOT, RING = 40, 64 << 10, 8 * (64 << 10)
 SIZES = [0, 1, 8, INLINE - 1, INLINE, INLINE + 1, 4096, SLOT - 1, SLOT, SLOT + 1, RING - 1, RING, RING + 1, 3_000_001]
 

@@ -19,6 +19,8 @@ from xccl import ANY_SOURCE, ANY_TAG
 from xccl._object import SharedObject
 from xccl.launcher import launch_environment
 
+pytestmark = pytest.mark.usefixtures("rings_of_512_kib")
+
 SLOT, RING = 64 << 10, 8 * (64 << 10)
 LARGE = 5 * RING + 3
 

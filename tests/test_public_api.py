@@ -57,12 +57,25 @@ SIGNATURES = {
     # MoE
     "ExpertParallel": "comm num_experts hidden num_topk num_max_tokens_per_rank dtype quant expert_map",
     "ExpertParallel.dispatch": "x topk_idx topk_weights * out dequantize timeout",
-    "ExpertParallel.combine": "y handle topk_weights * out timeout",
+    "ExpertParallel.combine": "y handle topk_weights * out on_missing timeout",
     "ExpertParallel.dispatch_async": "x topk_idx topk_weights * out dequantize timeout",
     "ExpertParallel.combine_async": "y handle topk_weights * out timeout",
+    "ExpertParallel.set_alive": "mask * timeout",
+    "ExpertParallel.expert_map_on": "comm",
     "ExpertParallel.buffer_bytes": "",
+    "AttentionExpert": "comm attention_ranks expert_ranks num_experts hidden num_topk num_max_tokens_per_rank",
+    "AttentionExpert.a2e": "x topk_idx topk_weights",
+    "AttentionExpert.e2a": "* out timeout",
+    "AttentionExpert.a2e_recv": "* domain out dequantize timeout",
+    "AttentionExpert.e2a_send": "y handle * timeout",
+    "AttentionExpert.e2a_async": "",
+    "AttentionExpert.a2e_recv_async": "",
+    "AttentionExpert.e2a_send_async": "y handle",
+    "AttentionExpert.buffer_bytes": "",
     "reference.dispatch": "",
     "reference.combine": "",
+    "reference.a2e": "",
+    "reference.e2a": "",
 }
 
 ERRORS = {
@@ -70,6 +83,7 @@ ERRORS = {
     "XcclUsageError": ValueError,
     "XcclTimeout": TimeoutError,
     "XcclPeerLost": xccl.XcclError,
+    "XcclMissingExperts": xccl.XcclError,
     "XcclAborted": xccl.XcclError,
     "XcclOutOfMemory": MemoryError,
 }

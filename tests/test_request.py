@@ -13,6 +13,8 @@ from support import ranks
 import xccl
 from xccl import ANY_SOURCE, ANY_TAG
 
+pytestmark = pytest.mark.usefixtures("rings_of_512_kib")
+
 SLOT, RING = 64 << 10, 8 * (64 << 10)
 LARGE = 5 * RING + 3
 

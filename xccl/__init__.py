@@ -8,12 +8,15 @@
 See https://arxiv.org/abs/2508.02520 for the library that this one is modelled on.
 """
 
-from xccl import reference
+from xccl import faults, reference
+from xccl.attention_expert import AttentionExpert
 from xccl.communicator import Communicator, init
 from xccl.errors import (
     Missing,
     XcclAborted,
     XcclError,
+    XcclInjected,
+    XcclMissingExperts,
     XcclOutOfMemory,
     XcclPeerLost,
     XcclRaceError,
@@ -24,7 +27,7 @@ from xccl.errors import (
 from xccl.expert_parallel import ExpertParallel
 from xccl.launcher import run
 from xccl.moe_config import BufferBytes
-from xccl.moe_handle import Handle, Hook
+from xccl.moe_handle import A2EHandle, Handle, Hook
 from xccl.options import rc
 from xccl.point_to_point import ANY_SOURCE, ANY_TAG
 from xccl.prepared import Prepared
@@ -36,6 +39,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ANY_SOURCE",
     "ANY_TAG",
+    "A2EHandle",
+    "AttentionExpert",
     "BufferBytes",
     "Communicator",
     "ExpertParallel",
@@ -48,12 +53,15 @@ __all__ = [
     "Signal",
     "XcclAborted",
     "XcclError",
+    "XcclInjected",
+    "XcclMissingExperts",
     "XcclOutOfMemory",
     "XcclPeerLost",
     "XcclRaceError",
     "XcclSystemError",
     "XcclTimeout",
     "XcclUsageError",
+    "faults",
     "init",
     "rc",
     "reference",

@@ -61,6 +61,8 @@ _ERRORS: dict[int, type[errors.XcclError]] = {
     lib.XCCL_ERR_MEMORY: errors.XcclOutOfMemory,
     lib.XCCL_ERR_SYSTEM: errors.XcclSystemError,
     lib.XCCL_ERR_RACE: errors.XcclRaceError,
+    lib.XCCL_ERR_INJECTED: errors.XcclInjected,
+    lib.XCCL_ERR_MISSING: errors.XcclMissingExperts,
 }
 
 _pending_interrupt: list[BaseException] = []
@@ -88,6 +90,11 @@ def check(status: int) -> None:
         raise errors.XcclAborted(message, int(lib.xccl_error_rank()), message.partition("\n")[2] or message)
     if status == lib.XCCL_ERR_TIMEOUT:
         raise errors.XcclTimeout(message, _missing())
+    if status == lib.XCCL_ERR_PEER_LOST and lib.xccl_error_rank() >= 0:
+        lost = ffi.new("xccl_rank_info_t *")
+        lib.xccl_error_lost(lost)
+        cause = ffi.string(lost.cause).decode()
+        raise errors.XcclPeerLost(message, int(lib.xccl_error_rank()), int(lost.pid), cause)
     raise _ERRORS.get(status, errors.XcclError)(message)
 
 

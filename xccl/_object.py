@@ -16,6 +16,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from xccl import faults
 from xccl._binding import check, ffi, lib
 from xccl.cgroup import usable_cores
 from xccl.errors import XcclOutOfMemory, XcclSystemError, XcclUsageError
@@ -37,6 +38,8 @@ class SharedObject:
 
     def __init__(self, size: int, session: str | None = None) -> None:
         check_environment()
+        if rc.faults:
+            faults.load(rc.faults)  # a bad plan is told by the launcher, before any rank starts
         self.directory = shm_directory()
         self.session = session or secrets.token_hex(12)
         self._path: Path | None = None
@@ -183,6 +186,8 @@ def _config(size: int, session: str) -> Any:
             "init_timeout_ns": int(rc.init_timeout * 1e9),
             "first_timeout_ns": int(rc.first_timeout * 1e9),
             "session": session.encode(),
+            "chaos": rc.chaos,
             "racecheck": rc.racecheck == "1",
+            "no_cma": rc.cma == "off",
         },
     )

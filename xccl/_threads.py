@@ -40,6 +40,7 @@ def run_threads(fn: Callable[..., Any], nranks: int, args: tuple[Any, ...], time
         try:
             return ranks.collect(observer, timeout)
         except BaseException as error:  # Ctrl-C, too: nobody may be left in a call
+            observer.name_seed(error)
             observer.abort("".join(traceback.format_exception(error)))
             ranks.join()
             raise
@@ -77,6 +78,7 @@ class _Ranks:
                 outcome.result = self._fn(comm, *self._args)
         except BaseException as error:
             outcome.error = error
+            world.name_seed(error)
             world.abort("".join(traceback.format_exception(error)))
         self._finished.put(outcome)
 

@@ -23,6 +23,8 @@ class World:
     With `session` None the object may be of any session: its name was proof enough.
     """
 
+    thread = 0  # that has opened it, see xccl.faults
+
     def __init__(self, fd: int, rank: int, size: int, session: str | None) -> None:
         out = ffi.new("xccl_world_t **")
         check(lib.xccl_shm_attach(fd, rank, ffi.NULL if session is None else session.encode(), out))
@@ -61,6 +63,10 @@ class World:
         """Ends the world: every blocked or later call of every rank raises XcclAborted with `text`."""
         lib.xccl_shm_abort(self._w, text.encode(errors="replace"))
 
+    def name_seed(self, error: BaseException) -> None:
+        """Adds the seed of a perturbed world to an exception, unless its message has it."""
+        _name_seed(self._w, error)
+
     def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
         """Array over own memory at `offset`; it keeps the mapping alive."""
         return self.array_at(int(ffi.cast("uintptr_t", lib.xccl_gas_local(self._w, offset))), shape, dtype)
@@ -77,6 +83,12 @@ class World:
         if hasattr(self, "_w") and lib is not None:  # module globals are gone when the interpreter ends
             lib.xccl_shm_detach(self._w)
             lib.xccl_shm_unmap(self._w)
+
+
+def _name_seed(handle: Any, error: BaseException) -> None:
+    seed = int(lib.xccl_chaos_seed(handle))
+    if seed and "XCCL_CHAOS=" not in f"{error}{getattr(error, '__notes__', '')}":
+        error.add_note(f"(XCCL_CHAOS={seed})")
 
 
 class _Block:
@@ -106,6 +118,20 @@ class Observer:
             return None
         return int(rank[0]), ffi.string(text).decode(errors="replace")
 
+    def pid(self, rank: int) -> int:
+        """Process of `rank`, 0 before it has attached."""
+        info = ffi.new("xccl_rank_info_t *")
+        check(lib.xccl_shm_rank_info(self._w, rank, info))
+        return int(info.pid)
+
+    def note_exit(self, rank: int, kind: int, number: int) -> None:
+        """Tells the ranks how the process of `rank` ended (an xccl_exit_t and its number)."""
+        lib.xccl_shm_note_exit(self._w, rank, kind, number)
+
+    def name_seed(self, error: BaseException) -> None:
+        """Adds the seed that the world began with, if it is perturbed and the message names none."""
+        _name_seed(self._w, error)
+
     def describe(self, rank: int) -> str:
         """What `rank` did last: "operation 118 (combine), phase 1"."""
         info = ffi.new("xccl_rank_info_t *")
@@ -131,6 +157,7 @@ def abort_on_uncaught(world: World, then_exit: Any = None) -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         alive = watched()
         if alive is not None:
+            alive.name_seed(error)
             alive.abort("".join(traceback.format_exception(kind, error, trace)))
         # The rank that raised shows its traceback; the others only follow.
         if not (isinstance(error, XcclAborted) and "XCCL_LAUNCHER_PID" in os.environ):

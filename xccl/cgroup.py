@@ -38,6 +38,18 @@ def usable_cores() -> int:
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
+def oom_kills(root: Path = Path("/")) -> int:
+    """Processes that the kernel has killed in this process's control group because memory ran out."""
+    counts = [
+        int(words[1])
+        for folder in _folders(root, "memory")
+        for name in ("memory.events", "memory.oom_control")
+        for line in _text(folder / name).splitlines()
+        if len(words := line.split()) == 2 and words[0] == "oom_kill" and words[1].isdigit()
+    ]
+    return max(counts, default=0)
+
+
 def read_limits(root: Path = Path("/")) -> Limits:
     """The tightest limit of the control groups that this process is in; `root` has proc and sys."""
     cpu, memory, pids = (_folders(root, controller) for controller in ("cpu", "memory", "pids"))

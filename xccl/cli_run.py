@@ -14,9 +14,10 @@ from types import FrameType
 from typing import IO, Any
 
 from xccl._binding import check, lib
+from xccl._exits import Exits
 from xccl._object import SharedObject
 from xccl._world import Observer
-from xccl.launcher import check_nranks, describe_exit, launch_environment
+from xccl.launcher import check_nranks, launch_environment
 from xccl.options import options_text, rc
 
 ABORT_SECONDS = 0.5  # for ranks that wait in xccl to end by themselves after the world has ended
@@ -46,6 +47,9 @@ def add_parser(subparsers: Any) -> None:
         help="a rank that is killed does not end the others, which may go on with comm.shrink()",
     )
     parser.add_argument("--racecheck", action="store_true", help="raise XcclRaceError for races: XCCL_RACECHECK=1")
+    parser.add_argument(
+        "--chaos", type=int, metavar="SEED", help="perturb waits and puts at random: XCCL_CHAOS=SEED, which is > 0"
+    )
     parser.add_argument("--prefix", action="store_true", help='begin each line of output with its rank: "[2] "')
     parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is a Python module, as in python -m")
     parser.add_argument("program", metavar="PROGRAM", help="a Python file (*.py), or any executable")
@@ -58,6 +62,8 @@ def main(options: argparse.Namespace) -> int:
     check_nranks(options.ranks)
     if options.racecheck:
         rc.racecheck = "1"
+    if options.chaos is not None:
+        rc.chaos = options.chaos
     command = [options.program, *options.arguments]
     if options.module:
         command = [sys.executable, "-m", *command]
@@ -67,7 +73,10 @@ def main(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _raise_exit)
     try:
         job.start()
-        return job.watch(options.timeout)
+        code = job.watch(options.timeout)
+        if code != 0 and rc.chaos:
+            job.say(f"the world was perturbed with XCCL_CHAOS={rc.chaos}")
+        return code
     except KeyboardInterrupt:
         job.end("interrupted")
         job.say("interrupted; ended all ranks")
@@ -93,6 +102,7 @@ class Job:
         self.pidfds: list[int] = []
         self.shared = SharedObject(size)
         self.observer = Observer(self.shared.fd)
+        self.exits = Exits(self.observer)
 
     def start(self) -> None:
         """Starts all ranks. Rank 0 has this process's standard input, the others none."""
@@ -127,8 +137,10 @@ class Job:
                 return self.fail_timeout(timeout)
             for rank in self.turn(deadline):
                 unseen.remove(rank)
-                code = self.processes[rank].wait()
+                process = self.processes[rank]
+                code = self.exits.of_rank(rank, process.pid, process.wait())
                 if code < 0 and self.keep_going:
+                    self.exits.note(rank, process.pid, code)
                     self.say(f"{self.describe_end(rank, code)}; the others go on")
                 elif code != 0:
                     return self.fail(rank, code)
@@ -168,13 +180,15 @@ class Job:
 
     def describe_end(self, rank: int, code: int) -> str:
         """ "rank 2 (pid 123) was killed by SIGKILL in operation 118 (combine), phase 1"."""
-        end = f"rank {rank} (pid {self.processes[rank].pid}) {describe_exit(code)}"
+        end = f"rank {rank} (pid {self.processes[rank].pid}) {'was ' if code < 0 else ''}{self.exits.describe(code)}"
         return f"{end} in {self.observer.describe(rank)}" if code < 0 else end
 
     def fail(self, rank: int, code: int) -> int:
         """Ends all because `rank` ended with `code`; says who failed first."""
         end = self.describe_end(rank, code)
         aborted = self.observer.aborted_by()
+        self.observer.abort(end)
+        self.exits.note(rank, self.processes[rank].pid, code)
         self.end(end)
         if aborted is not None and aborted[0] >= 0:
             # the rank that raised has shown its traceback; ranks that followed it may have ended before it

@@ -17,6 +17,7 @@ import xccl
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from xccl.moe_config import Quant
     from xccl.serving.exchange import StepReport
     from xccl.serving.request import Request
     from xccl.serving.service import ServiceOptions
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 _EXTRA_MODULES = ("safetensors", "tokenizers", "rich", "threadpoolctl")
 _DEFAULT_MODEL = Path(__file__).parent / "serving" / "model"
 _MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+_HTTP_MODULES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 _SHOWN_REQUESTS = 8
+_MAX_PORT = 65535
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do
 
 _EPILOG = """\
@@ -52,6 +55,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--model", type=Path, default=_DEFAULT_MODEL, metavar="DIR", help="model folder")
     _add_input_arguments(parser)
     _add_engine_arguments(parser)
+    _add_http_arguments(parser)
     parser.add_argument(
         "--check", action="store_true", help="also run one process without communication; demand the same tokens"
     )
@@ -65,8 +69,8 @@ def main(args: argparse.Namespace) -> int:
     Raises what :func:`xccl.run` raises if a rank fails.
     """
     try:
-        _require_extras()
-        return _serve(args)
+        _require_extras(_EXTRA_MODULES if args.http is None else _EXTRA_MODULES + _HTTP_MODULES)
+        return _serve(args) if args.http is None else _serve_http(args)
     except _InputError as error:
         sys.stderr.write(f"xccl serve: {error}\n")
         return 2
@@ -96,6 +100,22 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--timeout", type=float, metavar="S", help="end all ranks after S seconds")
 
 
+def _add_http_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("HTTP server (prompts come from clients, in OpenAI's format)")
+    group.add_argument("--http", type=_port, metavar="PORT", help="serve at this port until Ctrl-C; 0 takes a free one")
+    group.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (default 127.0.0.1)")
+    group.add_argument(
+        "--queue", type=_positive, default=256, metavar="N", help="requests that may wait for a slot (default 256)"
+    )
+    group.add_argument("--api-key", metavar="KEY", help="what clients must send; @FILE reads it from a file")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > _MAX_PORT:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to {_MAX_PORT}, got {text!r}")
+    return int(text)
+
+
 def _positive(text: str) -> int:
     try:
         value = int(text)
@@ -106,8 +126,8 @@ def _positive(text: str) -> int:
     return value
 
 
-def _require_extras() -> None:
-    missing = [name for name in _EXTRA_MODULES if importlib.util.find_spec(name) is None]
+def _require_extras(modules: Sequence[str]) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise _InputError(f"{', '.join(missing)} not installed: run  pip install 'xccl[serve]'")
 
@@ -125,7 +145,7 @@ def _serve(args: argparse.Namespace) -> int:
         model=args.model,
         batch=min(args.batch, len(requests)),
         mtp=args.mtp,
-        quant=None if args.quant == "none" else "int8",
+        quant=_quant(args),
         kv_blocks=args.kv_blocks,
     )
     results = xccl.run(_serve_rank, args.ranks, requests, options, prompts, timeout=args.timeout)
@@ -137,6 +157,38 @@ def _serve(args: argparse.Namespace) -> int:
     return 0 if verdict is None or verdict["passed"] else 1
 
 
+def _serve_http(args: argparse.Namespace) -> int:
+    from xccl.serving.http.front import FrontSettings
+    from xccl.serving.http.launcher import listen, serve_http
+    from xccl.serving.service import ServiceOptions
+
+    given = [f"--{name}" for name in ("prompt", "file", "requests", "check", "json") if getattr(args, name)]
+    if given:
+        raise _InputError(f"{', '.join(given)} and --http exclude each other: clients send the prompts")
+    _require_model(args.model)
+    options = ServiceOptions(args.model, args.batch, args.mtp, _quant(args), args.kv_blocks)
+    name = "tiny-moe" if args.model == _DEFAULT_MODEL else args.model.resolve().name
+    settings = FrontSettings(args.model, name, args.kv_blocks, args.queue, _api_key(args.api_key))
+    try:
+        listener = listen(args.host, args.http)
+    except OSError as error:
+        raise _InputError(f"cannot listen at {args.host} port {args.http}: {error.strerror or error}") from error
+    return serve_http(listener, args.ranks, options, settings, args.timeout)
+
+
+def _api_key(given: str | None) -> str | None:
+    """The key that clients must send; from a file, it does not show in the list of processes."""
+    if given is None:
+        return None
+    try:
+        key = Path(given[1:]).read_text() if given.startswith("@") else given
+    except (OSError, UnicodeDecodeError) as error:
+        raise _InputError(f"cannot read the key from {given[1:]}: {error}") from error
+    if not key.strip():
+        raise _InputError("--api-key is empty")
+    return key.strip()
+
+
 def _prepare(args: argparse.Namespace) -> tuple[list[str], list[Request], Tokenizer]:
     """Check everything the user gave; returns the prompt of each request, the requests, and the tokenizer."""
     from xccl.serving.config import ModelConfig
@@ -144,9 +196,7 @@ def _prepare(args: argparse.Namespace) -> tuple[list[str], list[Request], Tokeni
     from xccl.serving.request import SamplingParams
     from xccl.serving.tokenizer import Tokenizer
 
-    missing = [name for name in _MODEL_FILES if not (args.model / name).is_file()]
-    if missing:
-        raise _InputError(f"model folder {args.model} has no {', '.join(missing)}")
+    _require_model(args.model)
     if args.json is not None and not args.json.parent.is_dir():
         raise _InputError(f"cannot write {args.json}: no such folder")
     try:
@@ -159,6 +209,16 @@ def _prepare(args: argparse.Namespace) -> tuple[list[str], list[Request], Tokeni
         raise _InputError(str(error)) from error
     _check_kv_blocks(args.kv_blocks, requests, config.max_context)
     return [prompts[i % len(prompts)] for i in range(len(requests))], requests, tokenizer
+
+
+def _require_model(folder: Path) -> None:
+    missing = [name for name in _MODEL_FILES if not (folder / name).is_file()]
+    if missing:
+        raise _InputError(f"model folder {folder} has no {', '.join(missing)}")
+
+
+def _quant(args: argparse.Namespace) -> Quant:
+    return None if args.quant == "none" else "int8"
 
 
 def _check_kv_blocks(kv_blocks: int | None, requests: Sequence[Request], max_context: int) -> None:

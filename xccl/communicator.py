@@ -8,6 +8,7 @@ import weakref
 from types import TracebackType
 from typing import Any
 
+from xccl import faults
 from xccl._binding import check, entry, ffi, lib, timeout_ns
 from xccl._world import World, abort_on_uncaught
 from xccl.address_space import AddressSpace
@@ -184,6 +185,7 @@ def open_communicator(world: World) -> Communicator:
     """The communicator of all ranks of a world in which all have attached. Collective."""
     out = ffi.new("xccl_comm_t **")
     check(lib.xccl_comm_open(world._w, out))
+    faults.follow(world)
     if lib.xccl_race_is_on(world._w):
         from xccl.racecheck import CheckedCommunicator  # a subclass
 

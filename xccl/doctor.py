@@ -321,9 +321,8 @@ def check_mpi(machine: Machine) -> Finding:
 def check_world(machine: Machine) -> Finding:
     """Two ranks start, exchange something and end."""
     command = [sys.executable, "-c", _WORLD]
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=_own_environment())
     except subprocess.TimeoutExpired:
         return Finding(
             FAIL, "two ranks did not end in 60 s", "xccl run -n 2 --timeout 10 program.py shows where they hang"
@@ -333,6 +332,40 @@ def check_world(machine: Machine) -> Finding:
         return Finding(FAIL, lines[-1] if lines else f"exit code {done.returncode}", "see the other findings")
     return Finding(PASS, "two ranks started, met at a barrier and ended")
 
+
+def check_single_copy(machine: Machine) -> Finding:
+    """Whether the kernel copies from rank to rank (cross-memory attach), as large messages like best."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SINGLE_COPY], capture_output=True, text=True, timeout=60, env=_own_environment()
+    )
+    if done.stdout.strip() == "1":
+        return Finding(PASS, "ranks read each other's memory: large messages are copied once")
+    if rc.cma == "off":
+        return Finding(PASS, "switched off by XCCL_CMA=off: large messages are copied twice")
+    scope = machine.read("proc/sys/kernel/yama/ptrace_scope")
+    why = f"kernel.yama.ptrace_scope is {scope}" if scope not in ("", "0") else "the sandbox or container refuses it"
+    return Finding(
+        WARN,
+        f"ranks cannot read each other's memory ({why}): large messages between ordinary arrays are copied twice",
+        "nothing is wrong; for one copy use symmetric arrays, or allow ptrace between processes of one user "
+        "(sysctl kernel.yama.ptrace_scope=0; Docker: --cap-add SYS_PTRACE)",
+    )
+
+
+def _own_environment() -> dict[str, str]:
+    """Without what would make a new process a rank."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+
+
+_SINGLE_COPY = """
+import xccl
+from xccl._binding import ffi, lib
+def reads(comm):
+    info = ffi.new("xccl_rank_info_t *")
+    lib.xccl_shm_rank_info(comm._world._w, comm.rank, info)
+    return info.reads_peers
+print(min(xccl.run(reads, 2, timeout=30)))
+"""
 
 _WORLD = """
 import xccl
@@ -401,4 +434,5 @@ CHECKS: dict[str, Callable[[Machine], Finding]] = {
     "sockets": check_sockets,
     "MPI": check_mpi,
     "two ranks": check_world,
+    "single copy": check_single_copy,
 }

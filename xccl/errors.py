@@ -61,7 +61,27 @@ class XcclTimeout(XcclError, TimeoutError):
 
 
 class XcclPeerLost(XcclError):
-    """A rank that is waited for is dead or has left the world."""
+    """A rank that is waited for is dead or has left the world.
+
+    Attributes
+    ----------
+    rank : int
+        World rank that is lost; -1 if it is not a single one.
+    pid : int
+        Its process, in its own PID namespace; 0 if it never started.
+    cause : str
+        How the process ended: "killed by SIGKILL", "exited with code 3", "killed, out of memory". Empty if nobody
+        knows: the rank left in order, or whatever started it (mpirun, torchrun) does not tell.
+    """
+
+    def __init__(self, message: str, rank: int = -1, pid: int = 0, cause: str = "") -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.pid = pid
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type[XcclPeerLost], tuple[str, int, int, str]]:
+        return XcclPeerLost, (str(self), self.rank, self.pid, self.cause)
 
 
 class XcclAborted(XcclError):
@@ -84,11 +104,35 @@ class XcclAborted(XcclError):
         return XcclAborted, (str(self), self.rank, self.traceback_text)
 
 
+class XcclMissingExperts(XcclError):
+    """Tokens chose experts that have no live rank, and combine was not told to go on without them (`on_missing`).
+
+    The message names the first token, its missing experts and their ranks. Raised when the combine is complete: the
+    peers have what they wait for, the handle is used, the group works, `out=` holds the sums without those experts.
+
+    Attributes
+    ----------
+    tokens : tuple of int
+        All tokens of this rank that miss an expert.
+    """
+
+    def __init__(self, message: str, tokens: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+
+    def __reduce__(self) -> tuple[type[XcclMissingExperts], tuple[str, tuple[int, ...]]]:
+        return XcclMissingExperts, (str(self), self.tokens)
+
+
 class XcclRaceError(XcclError):
     """Two ranks access the same bytes, one of them writes, and nothing orders the two (see `racecheck` in the options).
 
     The message names both sides: array, bytes, rank, operation and line; and what would order them.
     """
+
+
+class XcclInjected(XcclError):
+    """A fault that was injected on purpose (see `xccl.faults`): the message names operation and fault."""
 
 
 class XcclOutOfMemory(XcclError, MemoryError):

@@ -10,10 +10,12 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from xccl._binding import array_address, check, ffi, lib, readable, timeout_ns, writable
+from xccl._binding import array_address, check, ffi, lib, timeout_ns, writable
 from xccl.communicator import Communicator
-from xccl.errors import XcclUsageError
-from xccl.moe_config import BufferBytes, Quant, make_config, row_dtype
+from xccl.errors import XcclMissingExperts, XcclUsageError
+from xccl.moe_alive import LiveExperts
+from xccl.moe_config import BufferBytes, OnMissing, Quant, make_config, on_missing_code, row_dtype
+from xccl.moe_group import INT8, start_of, time_left
 from xccl.moe_handle import Handle, Hook
 from xccl.row_pool import RowPool
 
@@ -21,15 +23,12 @@ Array = np.ndarray[Any, Any]
 Rows = tuple[Array, Handle]
 RawRows = tuple[tuple[NDArray[np.int8], NDArray[np.float32]], Handle]  # with dequantize=False
 
-_INT8 = np.dtype(np.int8)
 _INT64 = np.dtype(np.int64)
-_FLOAT32 = np.dtype(np.float32)
 
-_POINTER, _INT64_POINTER, _FLOAT_POINTER = (ffi.typeof(name) for name in ("void *", "int64_t *", "float *"))
-_INT32S, _FLOATS = ffi.typeof("int32_t[]"), ffi.typeof("float[]")
+_INT32S = ffi.typeof("int32_t[]")
 
 
-class ExpertParallel:
+class ExpertParallel(LiveExperts):
     """The experts of an MoE layer, spread over the ranks of a communicator (the paper's dispatch and combine, Fig. 7).
 
     Every operation is collective: a rank without tokens takes part with zero. Results depend on the routing only, not
@@ -56,13 +55,16 @@ class ExpertParallel:
         How dispatch carries rows: as they are, or as int8 with one float32 scale a row (max|x| / 127). Combine always
         carries dtype.
     expert_map : int [num_experts], optional
-        The rank of each expert. Default: contiguous blocks, sizes differ by at most one, larger blocks first.
+        The rank of each expert, -1: none has it, it gets no tokens. Default: contiguous blocks, sizes differ by at most
+        one, larger blocks first.
+    on_missing : "raise", "renormalize" or "zero"
+        What combine does about tokens that chose experts without a live rank; see there. May differ between ranks.
     timeout : float, optional
         Seconds, as in every blocking call; the default is that of xccl.init.
 
     Attributes
     ----------
-    comm, num_experts, hidden, num_topk, num_max_tokens_per_rank, dtype, quant
+    comm, num_experts, hidden, num_topk, num_max_tokens_per_rank, dtype, quant, on_missing
         As given.
     expert_map : int32 [num_experts]
     local_experts : int64 [num_local_experts]
@@ -81,16 +83,18 @@ class ExpertParallel:
         quant: Quant = None,
         expert_map: ArrayLike | None = None,
         *,
+        on_missing: OnMissing = "raise",
         timeout: float | None = None,
     ) -> None:
         config, owner = make_config(
-            comm.size, num_experts, hidden, num_topk, num_max_tokens_per_rank, dtype, quant, expert_map
+            comm.size, num_experts, hidden, num_topk, num_max_tokens_per_rank, dtype, quant, expert_map, on_missing
         )
         self.comm = comm
         self.num_experts, self.hidden, self.num_topk = num_experts, hidden, num_topk
         self.num_max_tokens_per_rank = num_max_tokens_per_rank
         self.dtype = row_dtype(dtype)
         self.quant = quant
+        self.on_missing = on_missing
         self.expert_map = owner
         self.local_experts = np.flatnonzero(owner == comm.rank)
         self.num_local_experts = len(self.local_experts)
@@ -104,6 +108,9 @@ class ExpertParallel:
         lib.xccl_moe_pool(self._c, offset, nbytes)
         self._pool = RowPool(comm._world, int(offset[0]), int(nbytes[0]))
         self._in_flight: dict[Handle, Array | None] = {}  # with the y that peers may be reading
+        self._world_ranks = np.array([lib.xccl_comm_world_rank(comm._handle(), pe) for pe in range(comm.size)])
+        self._alive = np.ones(comm.size, np.bool_)
+        self._alive.flags.writeable = False
         self._failure = ""
 
     @staticmethod
@@ -173,7 +180,8 @@ class ExpertParallel:
         ----------
         x : dtype [num_tokens, hidden]
         topk_idx : int64 [num_tokens, num_topk]
-            Experts of each token, -1 for none. A token that names an expert twice arrives there twice.
+            Experts of each token, -1 for none. A token that names an expert twice arrives there twice. Experts without
+            a live rank (`live_experts`) get nothing; the handle tells what is missing.
         topk_weights : float32 [num_tokens, num_topk], optional
             Kept for combine.
         out : dtype [at least num_recv, hidden], optional
@@ -192,7 +200,7 @@ class ExpertParallel:
         started = time.monotonic()
         handle = self._send(x, topk_idx, topk_weights, out, dequantize, timeout)
         try:
-            return self._receive(handle, out, dequantize, _left(timeout, started))
+            return self._receive(handle, out, dequantize, time_left(timeout, started))
         except BaseException as error:
             self._fail("dispatch", error)
             raise
@@ -257,7 +265,7 @@ class ExpertParallel:
         slots = self._slots("dispatch", "topk_idx", topk_idx, num_tokens, _INT64)
         weights = self._weights("dispatch", topk_weights, num_tokens)
         if out is not None:
-            self._rows("dispatch", "out", out, self.dtype if dequantize else _INT8, write=True)
+            self._rows("dispatch", "out", out, self.dtype if dequantize else INT8, write=True)
         new = self._new_handle
         check(lib.xccl_moe_dispatch_send(group, rows, num_tokens, slots, weights, timeout_ns(timeout), new))
         result = Handle(self, ffi.gc(new[0], lib.xccl_moe_handle_free), num_tokens)
@@ -273,30 +281,15 @@ class ExpertParallel:
             )
         )
         n = self._num_recv[0]
-        if out is None:
-            recv_x = self._pool.empty((n, self.hidden), self.dtype if dequantize else _INT8)
-        elif out.shape[0] >= n:
-            recv_x = out[:n]
-        else:
-            error = self._error("dispatch", f"out has {out.shape[0]} rows, this rank received {n}")
+        try:
+            room = self._room("dispatch", n, out, dequantize, self._pool)
+        except XcclUsageError as error:
             self._fail("dispatch", error)
-            raise error
-        scales = None if dequantize else np.empty(n, np.float32)
-        sources = np.empty((2, n), np.int32)
-        src_rank = ffi.from_buffer(_INT32S, sources)
-        check(
-            lib.xccl_moe_dispatch_pull(
-                group,
-                handle._c,
-                writable(recv_x, "recv_x", "dispatch"),
-                ffi.NULL if scales is None else ffi.from_buffer(_FLOATS, scales),
-                src_rank,
-                src_rank + n,
-            )
-        )
-        handle.num_recv, handle.num_recv_tokens_per_expert, handle._sources = n, counts, sources
+            raise
+        check(lib.xccl_moe_dispatch_pull(group, handle._c, *room.pointers("dispatch")))
+        handle.num_recv, handle.num_recv_tokens_per_expert, handle._sources = n, counts, room.sources
         del self._in_flight[handle]
-        return (recv_x, handle) if scales is None else ((recv_x, scales), handle)
+        return room.rows(), handle
 
     # ---- combine ----
 
@@ -307,6 +300,7 @@ class ExpertParallel:
         topk_weights: NDArray[np.float32] | None = None,
         *,
         out: Array | None = None,
+        on_missing: OnMissing | None = None,
         timeout: float | None = None,
     ) -> Array:
         """Weighted sum of each token's expert outputs, on the rank that dispatched the token. Collective.
@@ -326,11 +320,21 @@ class ExpertParallel:
         topk_weights : float32 [num_tokens, num_topk], optional
         out : dtype [num_tokens, hidden], optional
             Where to put the result; must not overlap y.
+        on_missing : "raise", "renormalize" or "zero", optional
+            What to do about tokens of this rank with experts that had no live rank when dispatched; default: that of
+            the constructor. "raise": XcclMissingExperts, when this rank's part is done, so no peer waits for it and
+            the next call works. "zero": sum over the live experts. "renormalize": the same with each weight w
+            replaced by w / kept * total, in float32, where kept is the sum of the weights of the live experts and
+            total that of all the token's experts (without weights: their numbers), over the slots in ascending order;
+            weights stay as they are if one of them is negative or NaN, or a sum is 0 or infinite. A token without
+            any live expert gives zeros, never NaN, and is listed in `handle.tokens_without_expert`.
         """
         started = time.monotonic()
-        self._publish(y, handle, topk_weights, out, timeout)
+        self._publish(y, handle, topk_weights, out, on_missing, timeout)
         try:
-            return self._sum(handle, out, _left(timeout, started))
+            return self._sum(handle, out, time_left(timeout, started))
+        except XcclMissingExperts:
+            raise
         except BaseException as error:
             self._fail("combine", error)
             raise
@@ -342,6 +346,7 @@ class ExpertParallel:
         topk_weights: NDArray[np.float32] | None = None,
         *,
         out: Array | None = None,
+        on_missing: OnMissing | None = None,
         timeout: float | None = None,
     ) -> Hook[Array]:
         """As combine, but returns once this rank's outputs are published; `hook()` waits and returns the sums.
@@ -349,7 +354,7 @@ class ExpertParallel:
         A y in symmetric memory must not change before the hook has returned. Two combines may be in flight; a
         third raises XcclUsageError. Collective.
         """
-        self._publish(y, handle, topk_weights, out, timeout)
+        self._publish(y, handle, topk_weights, out, on_missing, timeout)
         return Hook("combine", lambda timeout: self._sum(handle, out, timeout))
 
     def _publish(
@@ -358,13 +363,14 @@ class ExpertParallel:
         handle: Handle,
         topk_weights: NDArray[np.float32] | None,
         out: Array | None,
+        on_missing: OnMissing | None,
         timeout: float | None,
     ) -> None:
         group = self._group("combine")
         if not isinstance(handle, Handle) or handle._ep is not self:
             raise self._error("combine", f"the handle is not one of this ExpertParallel's dispatches: {handle!r}")
         if hasattr(handle, "num_recv"):  # otherwise the C core says that the dispatch has not completed
-            self._outputs(y, handle.num_recv)
+            self._outputs("combine", y, handle.num_recv)
         weights = self._weights("combine", topk_weights, handle.num_tokens)
         if out is not None:
             self._rows("combine", "out", out, write=True)
@@ -372,14 +378,21 @@ class ExpertParallel:
                 raise self._error("combine", f"out has {out.shape[0]} rows, expected {handle.num_tokens}")
             if np.may_share_memory(out, y):
                 raise self._error("combine", "out overlaps y, which the peers read")
-        stride = y.strides[0] if y.shape[0] > 1 else y.nbytes
-        check(lib.xccl_moe_combine_send(group, handle._c, _start(y), stride, weights, timeout_ns(timeout)))
+        where = f"combine on rank {self.comm.rank}"
+        policy = None if on_missing is None else on_missing_code(on_missing, where)
+        check(lib.xccl_moe_combine_send(group, handle._c, *start_of(y), weights, timeout_ns(timeout)))
         self._in_flight[handle] = y
+        if policy is not None:
+            lib.xccl_moe_on_missing(handle._c, policy)
 
     def _sum(self, handle: Handle, out: Array | None, timeout: float | None) -> Array:
         group = self._group("combine")
         result = np.empty((handle.num_tokens, self.hidden), self.dtype) if out is None else out
-        check(lib.xccl_moe_combine_wait(group, handle._c, writable(result, "out", "combine"), timeout_ns(timeout)))
+        try:
+            check(lib.xccl_moe_combine_wait(group, handle._c, writable(result, "out", "combine"), timeout_ns(timeout)))
+        except XcclMissingExperts as error:
+            del self._in_flight[handle]
+            raise XcclMissingExperts(str(error), handle._tokens_missing_some) from None
         del self._in_flight[handle]
         return result
 
@@ -422,75 +435,3 @@ class ExpertParallel:
             f"<xccl.ExpertParallel {self.num_experts} experts on {self.comm.size} ranks ({state}), "
             f"hidden {self.hidden}, top-{self.num_topk}, {self.dtype}, quant {self.quant}>"
         )
-
-    # ---- checks ----
-
-    def _group(self, operation: str) -> Any:
-        """The C group; raises if it cannot be used any more."""
-        self.comm._handle()
-        if self._c is None:
-            raise self._error(operation, "this ExpertParallel is closed")
-        if self._failure:
-            raise self._error(operation, f"unusable since {self._failure}: make a new one on all ranks")
-        return self._c
-
-    def _fail(self, operation: str, error: BaseException) -> None:
-        """A peer may wait for what this rank did not finish: no later operation can be trusted."""
-        self._failure = f"{operation} failed halfway ({type(error).__name__})"
-
-    def _error(self, operation: str, text: str) -> XcclUsageError:
-        return XcclUsageError(f"{operation} on rank {self.comm.rank}: {text}")
-
-    def _rows(
-        self, operation: str, name: str, a: Array, dtype: np.dtype[Any] | None = None, *, write: bool = False
-    ) -> Any:
-        """Pointer to rows of `hidden` elements."""
-        address = (writable if write else readable)(a, name, f"{operation} on rank {self.comm.rank}")
-        expected = dtype or self.dtype
-        if a.ndim != 2 or a.shape[1] != self.hidden or a.dtype != expected:
-            raise self._error(operation, f"{name} is {_kind(a)}, expected {expected} [rows, {self.hidden}]")
-        return address
-
-    def _slots(self, operation: str, name: str, a: Array, num_tokens: int, dtype: np.dtype[Any]) -> Any:
-        """Pointer to one number for each token and expert slot."""
-        address = readable(a, name, f"{operation} on rank {self.comm.rank}")
-        if a.shape != (num_tokens, self.num_topk) or a.dtype != dtype:
-            expected = f"{dtype} [{num_tokens}, {self.num_topk}]"
-            raise self._error(operation, f"{name} is {_kind(a)}, expected {expected} [num_tokens, num_topk]")
-        return ffi.cast(_INT64_POINTER if dtype == _INT64 else _FLOAT_POINTER, address)
-
-    def _weights(self, operation: str, a: Array | None, num_tokens: int) -> Any:
-        if a is None:
-            return ffi.NULL
-        return self._slots(operation, "topk_weights", a, num_tokens, _FLOAT32)
-
-    def _outputs(self, y: Array, num_recv: int) -> None:
-        """y may have distant rows, but each must be contiguous."""
-        if not isinstance(y, np.ndarray):
-            raise self._error("combine", f"y must be a NumPy array, got {type(y).__name__}")
-        if y.shape != (num_recv, self.hidden) or y.dtype != self.dtype:
-            raise self._error("combine", f"y is {_kind(y)}, expected {self.dtype} [{num_recv}, {self.hidden}]")
-        contiguous = y.strides[1] == y.itemsize or self.hidden == 1
-        ascending = y.strides[0] >= self.hidden * y.itemsize or num_recv == 1
-        if num_recv > 0 and not (contiguous and ascending):
-            raise self._error(
-                "combine",
-                f"rows of y must be contiguous and ascending, got strides {y.strides}: pass "
-                "numpy.ascontiguousarray(...) of it (nothing is copied silently)",
-            )
-
-
-def _start(y: Array) -> Any:
-    """Pointer to the first row, also where rows are apart."""
-    if y.flags.c_contiguous:
-        return readable(y, "y", "combine")
-    return ffi.cast(_POINTER, array_address(y))
-
-
-def _kind(a: Array) -> str:
-    return f"{a.dtype} {list(a.shape)}"
-
-
-def _left(timeout: float | None, started: float) -> float | None:
-    """What is left of a call's timeout for its second half."""
-    return None if timeout is None else max(0.0, timeout - (time.monotonic() - started))

@@ -9,7 +9,6 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import signal
 import sys
 import time
 import traceback
@@ -19,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from xccl._binding import check, lib
+from xccl._exits import Exits
 from xccl._object import SharedObject
 from xccl._threads import GRACE_SECONDS, run_threads
 from xccl._world import Observer
 from xccl.cgroup import usable_cores
 from xccl.communicator import init
-from xccl.errors import XcclAborted, XcclPeerLost, XcclTimeout, XcclUsageError
+from xccl.errors import XcclAborted, XcclError, XcclPeerLost, XcclTimeout, XcclUsageError
 
 
 def launch_environment(shared: SharedObject, rank: int, size: int) -> dict[str, str]:
@@ -47,16 +47,6 @@ def check_nranks(nranks: int) -> None:
     """Raises XcclUsageError unless `nranks` is a possible size of a world."""
     if not isinstance(nranks, int) or not 1 <= nranks <= lib.XCCL_MAX_RANKS:
         raise XcclUsageError(f"the number of ranks is 1 to {lib.XCCL_MAX_RANKS}, got {nranks!r}")
-
-
-def describe_exit(code: int) -> str:
-    """ "was killed by SIGKILL" or "exited with code 3"."""
-    if code < 0:
-        try:
-            return f"was killed by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"was killed by signal {-code}"
-    return f"exited with code {code}"
 
 
 def run(
@@ -106,6 +96,7 @@ def run(
         return run_threads(fn, nranks, args, timeout)
     shared = SharedObject(nranks)
     observer = Observer(shared.fd)
+    exits = Exits(observer)
     context = multiprocessing.get_context("fork")
     sys.stdout.flush()
     sys.stderr.flush()
@@ -118,7 +109,11 @@ def run(
             process.start()
             theirs.close()
             ranks.append(_Rank(rank, process, ours))
-        return _collect(ranks, observer, None if timeout is None else time.monotonic() + timeout, timeout, keep_going)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return _collect(ranks, observer, exits, deadline, timeout, keep_going)
+    except XcclError as error:
+        observer.name_seed(error)
+        raise
     finally:
         _end(ranks)
         observer.close()
@@ -174,6 +169,8 @@ def _rank_main(
             message = pickle.dumps(outcome)
     except BaseException as error:
         failed = True
+        if "comm" in locals():
+            comm._world.name_seed(error)
         failure = _Failure(error)
         if "comm" in locals():
             comm.abort(failure.text)
@@ -199,7 +196,12 @@ def _redirect_output(path: Path) -> None:
 
 
 def _collect(
-    ranks: list[_Rank], observer: Observer, deadline: float | None, timeout: float | None, keep_going: bool
+    ranks: list[_Rank],
+    observer: Observer,
+    exits: Exits,
+    deadline: float | None,
+    timeout: float | None,
+    keep_going: bool,
 ) -> list[Any]:
     """Waits for all outcomes; raises for the rank that failed first."""
     for _ in _arrivals(ranks, deadline):
@@ -207,11 +209,10 @@ def _collect(
         for rank in died:
             rank.receive()
             if rank.outcome is None:
-                lost = _loss(rank, observer)
+                lost = _loss(rank, observer, exits, keep_going)
                 if not keep_going:
-                    observer.abort(lost)
-                    raise XcclPeerLost(f"xccl.run: {lost}; the other ranks were ended")
-                rank.outcome = (True, XcclPeerLost(f"xccl.run: {lost}"))
+                    raise lost
+                rank.outcome = (True, lost)
         failed = [r for r in ranks if r.outcome is not None and not r.outcome[0]]
         if failed:
             _await_end(ranks)
@@ -236,11 +237,17 @@ def _arrivals(ranks: list[_Rank], deadline: float | None) -> Iterator[None]:
         yield
 
 
-def _loss(rank: _Rank, observer: Observer) -> str:
-    """What became of a rank that ended without an outcome."""
+def _loss(rank: _Rank, observer: Observer, exits: Exits, keep_going: bool) -> XcclPeerLost:
+    """What became of a rank that ended without an outcome; tells the others."""
     rank.process.join()
-    end = describe_exit(rank.process.exitcode)
-    return f"rank {rank.rank} (pid {rank.process.pid}) {end} in {observer.describe(rank.rank)}"
+    pid, code = rank.process.pid, rank.process.exitcode
+    cause = exits.describe(code)
+    lost = f"rank {rank.rank} (pid {pid}) {'was ' if code < 0 else ''}{cause} in {observer.describe(rank.rank)}"
+    if not keep_going:
+        observer.abort(lost)
+    exits.note(rank.rank, pid, code)
+    ending = "" if keep_going else "; the other ranks were ended"
+    return XcclPeerLost(f"xccl.run: {lost}{ending}", rank.rank, pid, cause)
 
 
 def _raise_failure(failed: list[_Rank]) -> None:

@@ -14,8 +14,8 @@ from xccl.errors import XcclUsageError
 class Option:
     """One option: `rc.<name>` in Python, `XCCL_<NAME>` in the environment.
 
-    `unit` is "s", "bytes" (accepts 64K, 16M, 2G), "count", "directory" (a path from the root, or nothing), or a list of
-    words such as "auto|scalar|avx2".
+    `unit` is "s", "bytes" (accepts 64K, 16M, 2G), "count", "directory" (a path from the root, or nothing), "plan"
+    (JSON or a path, read by xccl.faults), or a list of words such as "auto|scalar|avx2".
     """
 
     name: str
@@ -51,6 +51,8 @@ class Option:
             if number < 0:
                 raise ValueError(text)
             return number
+        if self.unit == "plan":
+            return text
         if self.unit == "directory":
             if text and not os.path.isabs(text):
                 raise ValueError(text)
@@ -92,7 +94,20 @@ OPTIONS = (
     Option(
         "coll_block_size", 0, "bytes", "what collectives on ordinary arrays stage at once; 0: half of a core's L2 cache"
     ),
+    Option(
+        "cma",
+        "auto",
+        "auto|off",
+        "auto: large messages between ordinary arrays are copied once by the kernel where that works and is faster",
+    ),
     Option("racecheck", "0", "0|1", "1 looks for accesses to symmetric arrays that nothing orders; slow, for tests"),
+    Option("faults", "", "plan", "faults to inject, as JSON or a file with it, see xccl.faults; for tests"),
+    Option(
+        "chaos",
+        0,
+        "count",
+        "seed of random pauses where ranks meet, and of the order in which puts become visible, for tests; 0: off",
+    ),
     Option(
         "shm_dir",
         "",

@@ -1,4 +1,4 @@
-"""The MoE operations in plain NumPy: the oracle that xccl.ExpertParallel agrees with bit for bit.
+"""The MoE operations in plain NumPy: the oracle that ExpertParallel and AttentionExpert agree with bit for bit.
 
 Nothing here communicates. A list has one entry for each rank: what the rank would pass, or what it would get::
 
@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from xccl.errors import XcclMissingExperts
 
 Array = NDArray[Any]
 
@@ -79,21 +81,54 @@ def dispatch(
     num_experts: int,
     *,
     expert_map: ArrayLike | None = None,
+    alive: ArrayLike | None = None,
     quant: str | None = None,
     dequantize: bool = True,
 ) -> list[Received]:
     """Sends each token to the ranks of its experts; one Received for each rank.
 
     xs[rank]: [num_tokens, hidden]; topk_idxs[rank]: [num_tokens, num_topk], -1 for no expert. A token that
-    names an expert twice arrives there twice. With ``quant="int8"`` rows pass through `quantize`.
+    names an expert twice arrives there twice. Experts whose rank is not ``alive`` (bool [ranks]), or that have none
+    (-1 in expert_map), get nothing. With ``quant="int8"`` rows pass through `quantize`.
     """
     owner = _owner(num_experts, len(xs), expert_map)
-    rows = _rows([np.asarray(idx) for idx in topk_idxs], owner)
+    return _deliver(xs, topk_idxs, owner, _live(owner, alive), len(xs), quant, dequantize)
+
+
+def a2e(
+    xs: Sequence[Array],
+    topk_idxs: Sequence[ArrayLike],
+    num_experts: int,
+    num_expert_ranks: int,
+    *,
+    expert_map: ArrayLike | None = None,
+    quant: str | None = None,
+    dequantize: bool = True,
+) -> list[Received]:
+    """As `dispatch`, from attention ranks to expert ranks that are others; one Received for each expert rank.
+
+    xs and topk_idxs have one entry for each attention rank of a domain, in ascending order. Ranks are counted among
+    their like: expert_map and the result say which expert rank, src_rank which attention rank.
+    """
+    owner = _owner(num_experts, num_expert_ranks, expert_map)
+    return _deliver(xs, topk_idxs, owner, owner, num_expert_ranks, quant, dequantize)
+
+
+def _deliver(
+    xs: Sequence[Array],
+    topk_idxs: Sequence[ArrayLike],
+    owner: NDArray[np.int32],
+    live: NDArray[np.int32],
+    num_owners: int,
+    quant: str | None,
+    dequantize: bool,
+) -> list[Received]:
+    """What each owner gets; `live` is owner with -1 for those that get nothing."""
+    rows = _rows([np.asarray(idx) for idx in topk_idxs], live)
     received = []
-    for rank in range(len(xs)):
+    for rank in range(num_owners):
         mine = rows[rows["owner"] == rank]
-        hidden = xs[rank].shape[1]
-        recv_x = np.zeros((len(mine), hidden), xs[rank].dtype)
+        recv_x = np.zeros((len(mine), xs[0].shape[1]), xs[0].dtype)
         for i, row in enumerate(mine):
             recv_x[i] = xs[row["src_rank"]][row["token"]]
         scales = None
@@ -120,16 +155,25 @@ def combine(
     topk_weights: Sequence[ArrayLike] | None = None,
     *,
     expert_map: ArrayLike | None = None,
+    alive: ArrayLike | None = None,
+    on_missing: str = "raise",
 ) -> list[Array]:
     """Sums the expert outputs of each token; [num_tokens, hidden] for each rank, in the dtype of ys.
 
     ys[rank]: [num_recv, hidden], in the order in which `dispatch` delivered the rows to this rank. The sum is
     weighted by topk_weights[rank] ([num_tokens, num_topk]) if given; it runs in float32 over the slots in
     ascending order, multiplication and addition rounded apart, and is rounded once at the end. A token
-    without experts gives zeros.
+    without experts gives zeros. `on_missing` is about experts without a live rank, as in ExpertParallel.combine:
+    "raise" (XcclMissingExperts), "renormalize" or "zero".
     """
     idxs = [np.asarray(idx) for idx in topk_idxs]
-    rows = _rows(idxs, _owner(num_experts, len(ys), expert_map))
+    live = _live(_owner(num_experts, len(ys), expert_map), alive)
+    if on_missing == "raise":
+        _require_all(idxs, live)
+    elif on_missing == "renormalize":
+        weights = [None] * len(idxs) if topk_weights is None else [np.asarray(w, np.float32) for w in topk_weights]
+        topk_weights = [_renormalize(idx, w, live) for idx, w in zip(idxs, weights, strict=True)]
+    rows = _rows(idxs, live)
     sums = [np.zeros((len(idx), ys[0].shape[1]), np.float32) for idx in idxs]
     with np.errstate(over="ignore", invalid="ignore"):
         contributions = np.concatenate([y.astype(np.float32) for y in ys])
@@ -142,6 +186,53 @@ def combine(
         return [total.astype(ys[0].dtype) for total in sums]
 
 
+def e2a(
+    ys: Sequence[Array],
+    topk_idxs: Sequence[ArrayLike],
+    num_experts: int,
+    topk_weights: Sequence[ArrayLike] | None = None,
+    *,
+    expert_map: ArrayLike | None = None,
+) -> list[Array]:
+    """As `combine`, from expert ranks to attention ranks: ys of the former, the rest and the result of the latter."""
+    return combine(ys, topk_idxs, num_experts, topk_weights, expert_map=expert_map)
+
+
+def missing_weights(
+    topk_idxs: Sequence[ArrayLike],
+    num_experts: int,
+    topk_weights: Sequence[ArrayLike] | None = None,
+    *,
+    expert_map: ArrayLike | None = None,
+    alive: ArrayLike | None = None,
+) -> list[NDArray[np.float32]]:
+    """Weight of each token's experts without a live rank: float32 [num_tokens] for each rank.
+
+    Summed in float32 over the slots in ascending order; without topk_weights each slot weighs 1.
+    """
+    idxs = [np.asarray(idx) for idx in topk_idxs]
+    live = _live(_owner(num_experts, len(idxs), expert_map), alive)
+    weights = [np.ones(idx.shape, np.float32) for idx in idxs] if topk_weights is None else topk_weights
+    return [_sum_slots(np.asarray(w, np.float32), _missing(i, live)) for i, w in zip(idxs, weights, strict=True)]
+
+
+def tokens_without_expert(
+    topk_idxs: Sequence[ArrayLike],
+    num_experts: int,
+    *,
+    expert_map: ArrayLike | None = None,
+    alive: ArrayLike | None = None,
+) -> list[NDArray[np.int64]]:
+    """Tokens of each rank that chose experts none of which has a live rank, ascending."""
+    idxs = [np.asarray(idx) for idx in topk_idxs]
+    live = _live(_owner(num_experts, len(idxs), expert_map), alive)
+    missing = [_missing(idx, live) for idx in idxs]
+    return [
+        np.flatnonzero(lost.any(axis=1) & (lost | (idx < 0)).all(axis=1))
+        for idx, lost in zip(idxs, missing, strict=True)
+    ]
+
+
 _ROW = np.dtype([(name, np.int64) for name in ("owner", "expert", "src_rank", "token", "slot")])
 
 
@@ -151,11 +242,50 @@ def _owner(num_experts: int, num_ranks: int, expert_map: ArrayLike | None) -> ND
     return np.asarray(expert_map, np.int32)
 
 
+def _live(owner: NDArray[np.int32], alive: ArrayLike | None) -> NDArray[np.int32]:
+    """The owner of each expert if it is alive, else -1."""
+    if alive is None:
+        return owner
+    return np.where((owner >= 0) & np.asarray(alive, np.bool_)[owner], owner, np.int32(-1))
+
+
+def _missing(idx: Array, live: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Slots that name an expert without a live rank."""
+    return np.asarray((idx >= 0) & (live[idx] < 0))
+
+
+def _sum_slots(weights: NDArray[np.float32], where: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Of each token, over some of its slots in ascending order, in float32."""
+    total = np.zeros(len(weights), np.float32)
+    for slot in range(weights.shape[1]):
+        total[where[:, slot]] += weights[where[:, slot], slot]
+    return total
+
+
+def _require_all(idxs: Sequence[Array], live: NDArray[np.int32]) -> None:
+    for rank, idx in enumerate(idxs):
+        tokens = np.flatnonzero(_missing(idx, live).any(axis=1)).tolist()
+        if tokens:
+            raise XcclMissingExperts(f"combine: token {tokens[0]} of rank {rank} misses an expert", tuple(tokens))
+
+
+def _renormalize(idx: Array, weights: NDArray[np.float32] | None, live: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Weights whose live part of each token weighs as much as all of it did, where that can be."""
+    if weights is None:
+        weights = np.ones(idx.shape, np.float32)
+    chosen, missing = idx >= 0, _missing(idx, live)
+    with np.errstate(all="ignore"):
+        kept, total = _sum_slots(weights, chosen & ~missing), _sum_slots(weights, chosen)
+        ordinary = ((weights >= 0) | ~chosen).all(axis=1)
+        scaled = missing.any(axis=1) & ordinary & (kept > 0) & np.isfinite(total)
+        return np.where(scaled[:, None], weights / kept[:, None] * total[:, None], weights)
+
+
 def _rows(topk_idxs: Sequence[Array], owner: NDArray[np.int32]) -> Array:
     """All rows that a dispatch delivers, sorted by (owner, expert, source rank, token, slot)."""
     parts = []
     for rank, idx in enumerate(topk_idxs):
-        token, slot = np.nonzero(idx >= 0)
+        token, slot = np.nonzero((idx >= 0) & (owner[idx] >= 0))
         part = np.zeros(len(token), _ROW)
         part["expert"] = idx[token, slot]
         part["owner"] = owner[part["expert"]]

@@ -32,7 +32,8 @@ typedef struct example_t {
     uint64_t random;
     int fd;
     uint64_t object_bytes, stride;
-    uint64_t count; /* elements of a message */
+    uint64_t count;  /* elements of a message */
+    uint64_t choice; /* of roles and path */
     int operation, corrupted_round;
     pthread_barrier_t ready, start; /* of a round: all ranks and the corrupter */
     pthread_barrier_t late;         /* the victim and the corrupter */
@@ -46,7 +47,9 @@ typedef struct rank_t {
     int64_t *scratch, *out, *symmetric;
     xccl_moe_t *moe;
     float *pool; /* of the group: outputs there are read in place */
-    bool came;   /* victim: has been late in this round */
+    xccl_ae_t *ae;
+    int attention; /* who attends; the others hold the experts */
+    bool came;     /* victim: has been late in this round */
 } rank_t;
 
 static uint64_t next_random(example_t *e) {
@@ -114,14 +117,18 @@ static int use_send_receive(rank_t *r, uint64_t count, int64_t *x) {
     return status;
 }
 
+static void choose_experts(uint64_t salt, int64_t (*topk)[TOPK]) {
+    for (int t = 0; t < MOST_TOKENS; t++)
+        for (int slot = 0; slot < TOPK; slot++)
+            topk[t][slot] = (int64_t)(salt + (uint64_t)(t * 3 + slot)) % EXPERTS;
+}
+
 /* `late_combine`: it is the combine that the victim comes late to. */
 static int use_group(rank_t *r, uint64_t count, const int64_t *x, bool late_combine) {
     float rows[MOST_TOKENS][HIDDEN] = {{0}}, sums[MOST_TOKENS][HIDDEN];
     int64_t topk[MOST_TOKENS][TOPK], num_rows;
     int32_t per_expert[EXPERTS];
-    for (int t = 0; t < MOST_TOKENS; t++)
-        for (int slot = 0; slot < TOPK; slot++)
-            topk[t][slot] = (int64_t)(count + (uint64_t)(t * 3 + slot + r->rank)) % EXPERTS;
+    choose_experts(count + (uint64_t)r->rank, topk);
     xccl_moe_handle_t *handle = NULL;
     float *y = NULL, *in_place = x == r->symmetric ? r->pool : NULL; /* else combine copies it */
     int32_t *sources = NULL;
@@ -154,6 +161,45 @@ static int use_moe(rank_t *r, uint64_t count, int64_t *x) {
 
 static int use_combine(rank_t *r, uint64_t count, int64_t *x) {
     return use_group(r, count, x, true);
+}
+
+static int attend(rank_t *r, uint64_t count) {
+    float rows[MOST_TOKENS][HIDDEN] = {{0}}, sums[MOST_TOKENS][HIDDEN];
+    int64_t topk[MOST_TOKENS][TOPK];
+    uint64_t batch;
+    choose_experts(count, topk);
+    int status = xccl_ae_a2e(r->ae, rows, MOST_TOKENS, &topk[0][0], NULL, &batch);
+    return status < 0 ? status : xccl_ae_e2a(r->ae, batch, sums, TIMEOUT);
+}
+
+static int serve(rank_t *r, float *in_place) {
+    int64_t num_rows;
+    int32_t per_expert[EXPERTS];
+    uint64_t batch;
+    float *y = NULL;
+    int32_t *sources = NULL;
+    int status = xccl_ae_recv_begin(r->ae, &batch);
+    if (status >= 0)
+        status = xccl_ae_recv_wait(r->ae, batch, TIMEOUT, &num_rows, per_expert);
+    if (status >= 0) {
+        if (num_rows < 0 || num_rows > MOST_ROWS) /* more than the attention rank can send */
+            abort();
+        y = in_place ? in_place : malloc((size_t)num_rows * HIDDEN * sizeof *y + 1);
+        sources = malloc((size_t)num_rows * 2 * sizeof *sources + 1);
+        status = xccl_ae_recv_pull(r->ae, batch, y, NULL, sources, sources + num_rows);
+    }
+    if (status >= 0)
+        status = xccl_ae_send_begin(r->ae, batch, y, HIDDEN * sizeof *y);
+    if (status >= 0)
+        status = xccl_ae_send_finish(r->ae, batch, TIMEOUT);
+    free(sources);
+    if (y != in_place)
+        free(y);
+    return status;
+}
+
+static int use_ae(rank_t *r, uint64_t count, int64_t *x) {
+    return r->rank == r->attention ? attend(r, count) : serve(r, x == r->symmetric ? r->pool : NULL);
 }
 
 static int use_heap(rank_t *r, uint64_t count, int64_t *x) {
@@ -214,6 +260,7 @@ static const struct {
     {"send_receive", use_send_receive, false},
     {"moe", use_moe, false},
     {"combine", use_combine, true},
+    {"ae", use_ae, false},
     {"heap", use_heap, false},
     {"split", use_split, false},
     {"shrink", use_shrink, true},
@@ -223,10 +270,28 @@ enum { NUM_OPERATIONS = sizeof OPERATIONS / sizeof *OPERATIONS };
 
 /* ---- a rank ---- */
 
+/* Any rank may attend, the victim too; half of the examples go over a trampoline. */
+static void open_ae(rank_t *r, const xccl_moe_config_t *layer) {
+    static const int32_t owner[EXPERTS] = {0, 1, 1, 0, 1};
+    uint64_t choice = r->example->choice;
+    int32_t attention = r->attention = (int)(choice % RANKS), experts[RANKS - 1];
+    for (int rank = 0, i = 0; rank < RANKS; rank++)
+        if (rank != attention)
+            experts[i++] = rank;
+    xccl_ae_config_t config = {.layer = *layer, .num_attention_ranks = 1, .num_expert_ranks = RANKS - 1};
+    config.path = choice / RANKS % 2 ? XCCL_PATH_TRAMPOLINE : XCCL_PATH_DIRECT;
+    config.first_trampoline = (int32_t)(choice / RANKS / 2 % (RANKS - 1));
+    if (xccl_ae_open(r->comm, &config, &attention, experts, owner, PATIENCE, &r->ae) < 0) {
+        fprintf(stderr, "cannot open: %s\n", xccl_error_message());
+        _exit(2);
+    }
+}
+
 static void open_rank(rank_t *r) {
     static const int32_t owner[EXPERTS] = {0, 1, 2, 0, 1};
     const xccl_quant_t quant = r->example->count % 2 ? XCCL_QUANT_INT8 : XCCL_QUANT_NONE;
-    const xccl_moe_config_t config = {EXPERTS, HIDDEN, TOPK, MOST_TOKENS, XCCL_FLOAT32, quant, XCCL_SIMD_AUTO};
+    const xccl_moe_config_t config = {EXPERTS,      HIDDEN, TOPK,           MOST_TOKENS,
+                                      XCCL_FLOAT32, quant,  XCCL_SIMD_AUTO, XCCL_MISSING_RAISE};
     uint64_t offset, bytes = (uint64_t)RANKS * MOST_COUNT * 8;
     r->scratch = calloc(1, bytes);
     r->out = malloc(bytes);
@@ -241,6 +306,7 @@ static void open_rank(rank_t *r) {
     if (xccl_heap_commit(r->world, offset, bytes) < 0)
         _exit(2);
     r->pool = xccl_gas_local(r->world, offset);
+    open_ae(r, &config);
 }
 
 static void *run_rank(void *arg) {
@@ -261,6 +327,7 @@ static void *run_rank(void *arg) {
         if (status < 0)
             xccl_shm_abort(r->world, xccl_error_message());
     }
+    xccl_ae_discard(r->ae);
     xccl_moe_discard(r->moe);
     xccl_comm_discard(r->comm);
     xccl_shm_detach(r->world);
@@ -396,6 +463,7 @@ static void run_example(uint64_t seed, int operation) {
         next_random(&e);
     e.operation = operation >= 0 ? operation : (int)(next_random(&e) % NUM_OPERATIONS);
     e.count = COUNTS[next_random(&e) % (sizeof COUNTS / sizeof *COUNTS)];
+    e.choice = next_random(&e);
     e.corrupted_round = (int)(next_random(&e) % ROUNDS);
     xccl_config_t config = {.size = RANKS,
                             .heap_bytes = 16 << 20,

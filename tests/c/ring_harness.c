@@ -25,6 +25,12 @@ void xccl_ring(xccl_world_t *world, int rank) {
     atomic_fetch_add(&pair->rung[rank], 1);
 }
 
+/* Stands in for faults.c: there is no plan. */
+uint64_t xccl_fault_damage(xccl_world_t *world, void *word, bool alone) {
+    (void)world, (void)word, (void)alone;
+    return 0;
+}
+
 pair_t *pair_new(uint64_t lines, uint64_t data_bytes, uint64_t position) {
     pair_t *pair = calloc(1, sizeof *pair);
     xccl_ring_shape_t shape = {

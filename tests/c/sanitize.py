@@ -54,7 +54,8 @@ def build(sanitizer: str, where: Path) -> dict[str, Path]:
     compiler = os.environ.get("CC", "ccache gcc" if shutil.which("ccache") else "cc").split()
     flags = [*FLAGS, f"-I{CSRC}", *flags_of(sanitizer)]
     core = sorted(CSRC.glob("*.c"))
-    ring = [HERE / "ring_race.c", HERE / "ring_harness.c", *(CSRC / f"{name}.c" for name in ("ring", "copy", "cache"))]
+    parts = ("ring", "copy", "cache", "chaos", "chaos_puts", "status")  # chaos is called, but off
+    ring = [HERE / "ring_race.c", HERE / "ring_harness.c", *(CSRC / f"{name}.c" for name in parts)]
     sources = {"threads_world": [HERE / "threads_world.c", *core], "ring_race": ring}
     if "address" in sanitizer:
         sources["fuzz_control"] = [HERE / "fuzz_control.c", *core]
@@ -88,6 +89,7 @@ def run(program: Path, arguments: Iterable[object], timeout: float) -> None:
 # What the extension is tested with: everything that hands addresses and counts to C.
 PACKAGE_TESTS = ["gas", "heap", "entry", "prepared", "coll", "coll_errors", "p2p", "p2p_random", "request"]
 PACKAGE_TESTS += ["kernel", "moe_layout", "moe_errors", "expert_parallel", "threads", "damaged_header"]
+PACKAGE_TESTS += ["attention_expert", "attention_expert_errors"]
 
 
 def test_package(sanitizer: str, where: Path) -> None:

@@ -27,6 +27,7 @@ typedef struct rank_t {
     int64_t *symmetric, *counters; /* [MOST_RANKS * MOST_COUNT], [MOST_RANKS] */
     uint64_t *signal;
     xccl_moe_t *moe;
+    xccl_ae_t *ae[2]; /* direct, over trampolines; none if there is one rank */
 } rank_t;
 
 #define CHECK(call)                                                                                                    \
@@ -185,12 +186,13 @@ typedef struct batch_t {
     int64_t tokens;
     float x[MOST_TOKENS][HIDDEN], out[MOST_TOKENS][HIDDEN];
     int64_t topk[MOST_TOKENS][TOPK];
+    unsigned char alive[MOST_RANKS]; /* when it was dispatched */
     xccl_moe_handle_t *handle;
     float *y;
     int32_t *src_rank, *src_token, *per_expert;
 } batch_t;
 
-static void dispatch(rank_t *r, batch_t *batch, int64_t num_experts) {
+static void choose_tokens(rank_t *r, batch_t *batch, int64_t num_experts) {
     batch->tokens = (int64_t)(next_random(r) % (MOST_TOKENS + 1));
     for (int64_t t = 0; t < batch->tokens; t++) {
         for (int h = 0; h < HIDDEN; h++)
@@ -199,6 +201,10 @@ static void dispatch(rank_t *r, batch_t *batch, int64_t num_experts) {
             batch->topk[t][slot] = (int64_t)(next_random(r) % (uint64_t)(num_experts + 1)) - 1;
     }
     dawdle(r);
+}
+
+static void dispatch(rank_t *r, batch_t *batch, int64_t num_experts) {
+    choose_tokens(r, batch, num_experts);
     CHECK(xccl_moe_dispatch_send(r->moe, batch->x, batch->tokens, &batch->topk[0][0], NULL, TIMEOUT, &batch->handle));
 }
 
@@ -217,15 +223,24 @@ static void combine(rank_t *r, batch_t *batch) {
     for (int64_t t = 0; t < batch->tokens; t++) {
         int experts = 0;
         for (int slot = 0; slot < TOPK; slot++)
-            experts += batch->topk[t][slot] >= 0;
+            experts += batch->topk[t][slot] >= 0 && batch->alive[batch->topk[t][slot] % r->size];
         REQUIRE(batch->out[t][HIDDEN - 1] == (float)experts * (float)(r->rank * 100 + t));
     }
+}
+
+/* All agree that one member, or none, is to be left out. */
+static void leave_out(rank_t *r, uint64_t member, batch_t *batch) {
+    for (int rank = 0; rank < r->size; rank++)
+        batch->alive[rank] = (uint64_t)rank != member;
+    CHECK(xccl_moe_set_alive(r->moe, batch->alive, TIMEOUT));
 }
 
 /* Two dispatches in flight; their outputs are read in the pool, and, every other time, copied. */
 static void use_moe(rank_t *r, uint64_t round, batch_t *batches) {
     int64_t num_experts = 2 * r->size + 1;
+    leave_out(r, round % (uint64_t)(r->size + 1), &batches[0]);
     dispatch(r, &batches[0], num_experts);
+    leave_out(r, round / 2 % (uint64_t)(r->size + 1), &batches[1]);
     dispatch(r, &batches[1], num_experts);
     pull(r, &batches[0]);
     pull(r, &batches[1]);
@@ -238,7 +253,8 @@ static void open_moe(rank_t *r, batch_t *batches) {
     int64_t rows = (int64_t)r->size * MOST_TOKENS * TOPK, num_experts = 2 * r->size + 1;
     for (int64_t e = 0; e < num_experts; e++)
         owner[e] = (int32_t)(e % r->size);
-    xccl_moe_config_t config = {num_experts, HIDDEN, TOPK, MOST_TOKENS, XCCL_FLOAT32, XCCL_QUANT_NONE, XCCL_SIMD_AUTO};
+    xccl_moe_config_t config = {num_experts,  HIDDEN,          TOPK,           MOST_TOKENS,
+                                XCCL_FLOAT32, XCCL_QUANT_NONE, XCCL_SIMD_AUTO, XCCL_MISSING_ZERO};
     uint64_t offset, bytes;
     CHECK(xccl_moe_open(r->comm, &config, owner, TIMEOUT, &r->moe));
     xccl_moe_pool(r->moe, &offset, &bytes);
@@ -264,6 +280,83 @@ static void close_moe(rank_t *r, batch_t *batches) {
     }
 }
 
+/* ---- A2E and E2A ---- */
+
+/* The first ranks attend, the others hold the experts. */
+static int num_attention(const rank_t *r) {
+    return r->size > 2 ? (r->size + 1) / 3 : 1;
+}
+
+static void attend(rank_t *r, xccl_ae_t *ae, uint64_t round, batch_t *batches) {
+    uint64_t number[2];
+    for (int i = 0; i < 2; i++) {
+        choose_tokens(r, &batches[i], 2 * r->size + 1);
+        CHECK(xccl_ae_a2e(ae, batches[i].x, batches[i].tokens, &batches[i].topk[0][0], NULL, &number[i]));
+    }
+    for (int turn = 0; turn < 2; turn++) {
+        batch_t *batch = &batches[(round + turn) % 2];
+        CHECK(xccl_ae_e2a(ae, number[(round + turn) % 2], batch->out, TIMEOUT));
+        for (int64_t t = 0; t < batch->tokens; t++) {
+            int experts = 0;
+            for (int slot = 0; slot < TOPK; slot++)
+                experts += batch->topk[t][slot] >= 0;
+            REQUIRE(batch->out[t][HIDDEN - 1] == (float)experts * (float)(r->rank * 100 + t));
+        }
+    }
+}
+
+/* Outputs of the first are read in place, those of the second are copied. */
+static void serve(rank_t *r, xccl_ae_t *ae, uint64_t round, batch_t *batches) {
+    uint64_t number[2];
+    for (int i = 0; i < 2; i++)
+        CHECK(xccl_ae_recv_begin(ae, &number[i]));
+    for (int turn = 0; turn < 2; turn++) {
+        int i = (int)((round + turn) % 2);
+        batch_t *batch = &batches[i];
+        int64_t rows;
+        dawdle(r);
+        CHECK(xccl_ae_recv_wait(ae, number[i], TIMEOUT, &rows, batch->per_expert));
+        CHECK(xccl_ae_recv_pull(ae, number[i], batch->y, NULL, batch->src_rank, batch->src_token));
+        for (int64_t row = 0; row < rows; row++)
+            REQUIRE(batch->y[row * HIDDEN] == (float)(batch->src_rank[row] * 100 + batch->src_token[row]));
+        CHECK(xccl_ae_send_begin(ae, number[i], batch->y, HIDDEN * sizeof(float)));
+    }
+    for (int i = 0; i < 2; i++)
+        CHECK(xccl_ae_send_finish(ae, number[i], TIMEOUT));
+}
+
+static void use_ae(rank_t *r, uint64_t round, batch_t *batches) {
+    for (int path = 0; path < 2 && r->size > 1; path++)
+        if (r->rank < num_attention(r))
+            attend(r, r->ae[path], round, batches);
+        else
+            serve(r, r->ae[path], round, batches);
+}
+
+static void open_ae(rank_t *r) {
+    int32_t ranks[MOST_RANKS], owner[2 * MOST_RANKS + 1];
+    int32_t attention = num_attention(r), experts = r->size - attention;
+    xccl_ae_config_t config = {.num_attention_ranks = attention, .num_expert_ranks = experts};
+    config.layer = (xccl_moe_config_t){.num_experts = 2 * r->size + 1,
+                                       .hidden = HIDDEN,
+                                       .num_topk = TOPK,
+                                       .num_max_tokens = MOST_TOKENS,
+                                       .dtype = XCCL_FLOAT32};
+    for (int rank = 0; rank < r->size; rank++)
+        ranks[rank] = rank;
+    for (int e = 0; e < config.layer.num_experts; e++)
+        owner[e] = experts ? e % experts : 0;
+    for (int path = 0; path < 2 && r->size > 1; path++) {
+        config.path = path ? XCCL_PATH_TRAMPOLINE : XCCL_PATH_DIRECT;
+        CHECK(xccl_ae_open(r->comm, &config, ranks, ranks + attention, owner, TIMEOUT, &r->ae[path]));
+    }
+}
+
+static void close_ae(rank_t *r) {
+    for (int path = 0; path < 2 && r->size > 1; path++)
+        CHECK(xccl_ae_close(r->ae[path], 0, TIMEOUT));
+}
+
 /* ---- a rank ---- */
 
 static void open_rank(rank_t *r) {
@@ -283,6 +376,7 @@ static void *run_rank(void *arg) {
     int64_t *scratch = malloc(2 * (size_t)r->size * MOST_COUNT * 8 + 65536);
     open_rank(r);
     open_moe(r, batches);
+    open_ae(r);
     for (uint64_t round = 1; round <= r->rounds; round++) {
         use_signals(r, round);
         use_send_receive(r, round, scratch);
@@ -290,7 +384,9 @@ static void *run_rank(void *arg) {
         use_all_to_all_v(r, round, scratch);
         use_groups(r, round);
         use_moe(r, round, batches);
+        use_ae(r, round, batches);
     }
+    close_ae(r);
     close_moe(r, batches);
     CHECK(xccl_coll_barrier(r->comm, TIMEOUT));
     CHECK(xccl_comm_close(r->comm, TIMEOUT));

@@ -143,40 +143,53 @@ class Twin:
     def dispatch(self, x: Array, topk_idx: Array, topk_weights: Array) -> tuple[Array, Route]:
         """Returns rows sorted by (local expert, source rank, token) and the route for combine."""
         owner = self.owner[topk_idx]
+        rows, experts, recv_counts = self._send_tokens(x, topk_idx, owner)
+        recv_x, arrival, back_counts = self._sorted(rows, experts, recv_counts)
+        home_counts, home = self._homes(owner)
+        return recv_x, Route(arrival, back_counts, home_counts, home, topk_weights)
+
+    def _send_tokens(self, x: Array, topk_idx: Array, owner: Array) -> tuple[Array, Array, Array]:
+        """The rows that arrive, the experts that each names, and how many come from each source."""
         wanted = np.zeros((self.size, len(x)), bool)
         wanted[owner, np.arange(len(x))[:, None]] = True
         destination, token = np.nonzero(wanted)
         send_counts = np.bincount(destination, minlength=self.size)
         recv_counts = np.empty_like(send_counts)
         self.comm.Alltoall(send_counts, recv_counts)
-        rows, experts = self._send(x, topk_idx, token, (send_counts, recv_counts))
+        return *self._send(x, topk_idx, token, (send_counts, recv_counts)), recv_counts
 
+    def _sorted(self, rows: Array, experts: Array, recv_counts: Array) -> tuple[Array, Array, Array]:
+        """recv_x; for each row that goes back its place in it; how many go back to each source."""
         row, slot = np.nonzero((experts >= self.first_expert) & (experts < self.end_expert))
         order = np.argsort(experts[row, slot], kind="stable")
         recv_x = self._gathered("recv_x", rows, row[order]).view(self.dtype)
-
         # Rows go back in the order of arrival, one for each (row, slot): by source, token, slot.
         arrival = np.empty(len(order), np.int64)
         arrival[order] = np.arange(len(order))
         source = np.repeat(np.arange(self.size), recv_counts)[row]
-        back_counts = np.bincount(source, minlength=self.size)
+        return recv_x, arrival, np.bincount(source, minlength=self.size)
+
+    def _homes(self, owner: Array) -> tuple[Array, Array]:
+        """Rows that come home from each destination, and which of them belongs to each token and slot."""
         home_counts = np.bincount(owner.ravel(), minlength=self.size)
         slots = np.argsort(owner.ravel(), kind="stable")
         home = np.empty(len(slots), np.int64)
         home[slots] = np.arange(len(slots))
-        return recv_x, Route(arrival, back_counts, home_counts, home.reshape(topk_idx.shape), topk_weights)
+        return home_counts, home.reshape(owner.shape)
 
     def combine(self, y: Array, route: Route, out: Array) -> None:
         """Weighted sum in float32 of each token's expert outputs, to `out` [num_tokens, hidden]."""
         back = self._gathered("back", y.view(self.bits), route.arrival)
-        rows = self._exchange("home", back, route.back_counts, route.home_counts)
+        self._sum(self._exchange("home", back, route.back_counts, route.home_counts), route.home, route.weights, out)
+
+    def _sum(self, rows: Array, home: Array, weights: Array, out: Array) -> None:
         result = out.view(self.bits)
         for part in _blocks(len(result)):
             shape = result[part].shape
             total, values = self._array("total", shape, np.float32), self._array("values", shape, np.float32)
             total[...] = 0
             for slot in range(self.num_topk):
-                self._widen(self._gathered("terms", rows, route.home[part, slot]), values)
-                values *= route.weights[part, slot, None]
+                self._widen(self._gathered("terms", rows, home[part, slot]), values)
+                values *= weights[part, slot, None]
                 total += values
             self._round(total, result[part])

@@ -34,10 +34,16 @@ class Shape:
 SHAPES = {"deepseek": Shape(7168, 8, 256), "qwen3": Shape(2048, 8, 128)}
 
 
-def choose_experts(name: str, seed: int, buffer: int, ranks: int, tokens: int, shape: Shape) -> list[Slots]:
-    """topk_idx [tokens, num_topk] of each rank, for one set of arrays. No token names an expert twice."""
+def choose_experts(
+    name: str, seed: int, buffer: int, ranks: int, tokens: int, shape: Shape, owners: int | None = None
+) -> list[Slots]:
+    """topk_idx [tokens, num_topk] of each rank, for one set of arrays. No token names an expert twice.
+
+    The experts are spread over `owners` ranks, by default those that have the tokens.
+    """
     rng = np.random.default_rng((seed, buffer))
-    owner = default_expert_map(shape.num_experts, ranks)
+    owners = owners or ranks
+    owner = default_expert_map(shape.num_experts, owners)
     share = np.ones(shape.num_experts)
     if name == "zipf":
         # popularity belongs to the seed, not to the set of arrays
@@ -45,11 +51,11 @@ def choose_experts(name: str, seed: int, buffer: int, ranks: int, tokens: int, s
     elif name == "hot-expert":
         share[seed % shape.num_experts] = np.inf
     elif name == "rotating":
-        share[(seed + buffer * max(1, shape.num_experts // ranks)) % shape.num_experts] = np.inf
+        share[(seed + buffer * max(1, shape.num_experts // owners)) % shape.num_experts] = np.inf
     elif name == "hot-rank":
         share[owner == 0] = _HOT_RANK_FACTOR
-    elif name == "empty-rank" and ranks > 1:
-        share[owner == ranks - 1] = 0
+    elif name == "empty-rank" and owners > 1:
+        share[owner == owners - 1] = 0
     counts = [tokens] * ranks
     if name == "empty-rank" and ranks > 1:
         counts[-1] = 0
@@ -63,19 +69,20 @@ def _sample(rng: np.random.Generator, share: NDArray[np.float64], tokens: int, n
     return np.ascontiguousarray(np.argsort(-keys, axis=1)[:, :num_topk], dtype=np.int64)
 
 
-def chosen_rows(topk_idx: list[Slots], num_experts: int) -> NDArray[np.int64]:
+def chosen_rows(topk_idx: list[Slots], num_experts: int, owners: int | None = None) -> NDArray[np.int64]:
     """Rows [source, destination] that dispatch delivers: one for each token and expert."""
-    owner = default_expert_map(num_experts, len(topk_idx))
-    return np.array([np.bincount(owner[idx.ravel()], minlength=len(topk_idx)) for idx in topk_idx], np.int64)
+    owners = owners or len(topk_idx)
+    owner = default_expert_map(num_experts, owners)
+    return np.array([np.bincount(owner[idx.ravel()], minlength=owners) for idx in topk_idx], np.int64)
 
 
-def received_rows(topk_idx: list[Slots], num_experts: int) -> NDArray[np.int64]:
-    """Rows that each rank receives."""
-    return np.asarray(chosen_rows(topk_idx, num_experts).sum(axis=0))
+def received_rows(topk_idx: list[Slots], num_experts: int, owners: int | None = None) -> NDArray[np.int64]:
+    """Rows that each rank with experts receives."""
+    return np.asarray(chosen_rows(topk_idx, num_experts, owners).sum(axis=0))
 
 
-def moved_rows(topk_idx: list[Slots], num_experts: int) -> NDArray[np.int64]:
+def moved_rows(topk_idx: list[Slots], num_experts: int, owners: int | None = None) -> NDArray[np.int64]:
     """Rows [source, destination] that must move: a token goes to a rank once, however many of its experts are there."""
-    owner = default_expert_map(num_experts, len(topk_idx))
-    ranks = range(len(topk_idx))
-    return np.array([[(owner[idx] == rank).any(axis=1).sum() for rank in ranks] for idx in topk_idx], np.int64)
+    owners = owners or len(topk_idx)
+    owner = default_expert_map(num_experts, owners)
+    return np.array([[(owner[idx] == rank).any(axis=1).sum() for rank in range(owners)] for idx in topk_idx], np.int64)

@@ -1,24 +1,21 @@
-"""The serving loop of one rank: plan, forward, sample, speculate, exchange; all ranks step together."""
+"""The engine of one rank: a step plans, runs the model, samples and speculates; all ranks step together."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from xccl.serving.arrays import FloatArray, IntArray
 from xccl.serving.batch import StepBatch, build_batch
-from xccl.serving.exchange import StepExchange, StepReport
 from xccl.serving.kv_cache import PagedKVCache, blocks_for
 from xccl.serving.model import MoEModel
-from xccl.serving.request import Request, RequestOutput
+from xccl.serving.request import FinishReason, Request
 from xccl.serving.running import RunningRequests
 from xccl.serving.sampling import SamplingBatch, sample
 from xccl.serving.scheduler import Scheduler, StepPlan
 from xccl.serving.speculation import Speculator, VerifiedStep
-from xccl.serving.statistics import MeasuredTransport, RankResult
 
 PREFILL_ROWS = 256
 
@@ -37,60 +34,72 @@ class EngineOptions:
     prefill_rows: int = PREFILL_ROWS
 
 
-class Engine:
-    """Serves this rank's requests; the experts of its model may be on any rank.
+@dataclass(frozen=True)
+class StepNews:
+    """What one step brought to this rank's requests.
 
-    ``on_report`` is called with the report of every step (all ranks' new tokens).
+    ``request_ids`` and ``tokens`` belong together, in order of generation: a request may have two. ``ended`` names
+    the requests that have all their tokens, and why.
     """
 
-    def __init__(
-        self,
-        model: MoEModel,
-        transport: MeasuredTransport,
-        exchange: StepExchange,
-        options: EngineOptions,
-        on_report: Callable[[StepReport], None] | None = None,
-    ) -> None:
+    request_ids: list[int]
+    tokens: IntArray
+    ended: list[tuple[int, FinishReason]]
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """How full a rank is: requests that wait, requests in slots, KV blocks that they hold."""
+
+    waiting: int
+    running: int
+    kv_blocks: int
+
+
+class Engine:
+    """Serves this rank's requests; the experts of its model may be on any rank."""
+
+    def __init__(self, model: MoEModel, options: EngineOptions) -> None:
         config = model.config
         slots = options.num_slots
-        blocks = options.kv_blocks if options.kv_blocks is not None else slots * blocks_for(config.max_context)
+        self.num_slots = slots
+        self.num_blocks = max(
+            1, slots * blocks_for(config.max_context) if options.kv_blocks is None else options.kv_blocks
+        )
         self._model = model
-        self._transport = transport
-        self._exchange = exchange
-        self._on_report = on_report
-        layers = model.num_cache_layers
-        self._cache = PagedKVCache(layers, slots, config.max_context, config.kv_width, max(blocks, 1))
+        self._cache = PagedKVCache(model.num_cache_layers, slots, config.max_context, config.kv_width, self.num_blocks)
         self._running = RunningRequests(slots, config.max_context, config.eot_token)
         self._scheduler = Scheduler(self._cache, self._running, slots, config.max_context, options.prefill_rows)
         self._speculator = Speculator(model, self._cache, self._running) if options.mtp else None
-        self._outputs: dict[int, RequestOutput] = {}
-        self._start = 0.0
-        self._drafted = 0
-        self._accepted = 0
+        self.drafted = 0
+        self.accepted = 0
 
-    def run(self, requests: Sequence[Request]) -> RankResult:
-        """Serve ``requests``, which all arrive now, to their ends. Collective: returns when all ranks are done."""
+    @property
+    def row_stable(self) -> bool:
+        """Whether a row of a product has the same bits in any batch, so that texts cannot depend on it."""
+        return self._model.gemm.row_stable
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests of this rank that wait or run."""
+        return self._scheduler.num_unfinished
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How full this rank is now."""
+        running = len(self._scheduler.requests)
+        held = self.num_blocks - self._cache.allocator.num_free
+        return Occupancy(self._scheduler.num_unfinished - running, running, held)
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Queue requests for the next steps. Raises ValueError for one that could never run."""
         self._scheduler.add(requests)
-        self._outputs = {request.request_id: RequestOutput(request.request_id) for request in requests}
-        self._start = time.perf_counter()
-        steps = 0
-        with np.errstate(over="ignore"):
-            while self.step().num_unfinished:
-                steps += 1
-        return RankResult(
-            outputs=list(self._outputs.values()),
-            elapsed=time.perf_counter() - self._start,
-            steps=steps + 1,
-            drafted=self._drafted,
-            accepted=self._accepted,
-            row_stable=self._model.gemm.row_stable,
-            dispatch_us=self._transport.dispatch_us,
-            combine_us=self._transport.combine_us,
-            recv_rows=self._transport.recv_rows,
-            expert_load=self._transport.expert_load,
-        )
 
-    def step(self) -> StepReport:
+    def cancel(self, request_id: int) -> None:
+        """Forget a request and free what it holds. One that has ended is no error: the two may cross."""
+        self._scheduler.cancel(request_id)
+
+    def step(self) -> StepNews:
         """One step of all ranks. Collective, also for a rank that has nothing to compute."""
         plan = self._scheduler.plan()
         draft_slots = plan.decode_slots[plan.verify]
@@ -107,14 +116,11 @@ class Engine:
         tokens[batch.num_rows - len(draft_slots) :] = self._running.draft[draft_slots]
         x = self._model.forward(tokens, batch, self._cache)
         slots, new_tokens, verified = self._choose(plan, batch, x)
-        ids = [self._scheduler.requests[slot].request_id for slot in slots.tolist()]
-        self._close(verified.ended)
+        request_ids = [self._scheduler.requests[slot].request_id for slot in slots.tolist()]
+        news = StepNews(request_ids, new_tokens, [self._close(slot) for slot in verified.ended])
         if self._speculator is not None:
             self._speculator(x, verified)
-        report = self._exchange(self._scheduler.num_unfinished, ids, new_tokens)
-        if self._on_report is not None:
-            self._on_report(report)
-        return report
+        return news
 
     def _choose(self, plan: StepPlan, batch: StepBatch, x: FloatArray) -> tuple[IntArray, IntArray, VerifiedStep]:
         """Sample, verify the drafts and append; returns (slots, tokens) in order and what goes on."""
@@ -132,14 +138,13 @@ class Engine:
         chosen = self._sample(x[rows], params)
         first, second = chosen[: len(slots)], chosen[len(slots) :]
         guessed = first[of_draft] == running.draft[draft_slots]
-        self._drafted += len(guessed)
-        self._accepted += int(guessed.sum())
+        self.drafted += len(guessed)
+        self.accepted += int(guessed.sum())
         running.append(slots, first)
         ended = running.ended(slots)
         accepted = guessed & ~ended[of_draft]
         running.append(draft_slots[accepted], second[accepted])
         ended[of_draft[accepted]] = running.ended(draft_slots[accepted])
-        self._stamp(slots)
         verified = VerifiedStep(
             batch=batch,
             decode_slots=plan.decode_slots,
@@ -163,18 +168,7 @@ class Engine:
             return np.empty(0, np.int64)
         return sample(self._model.logits(x), params)
 
-    def _stamp(self, slots: IntArray) -> None:
-        """Note when the slots' newest tokens came."""
-        now = time.perf_counter() - self._start
-        for slot in slots.tolist():
-            output = self._outputs[self._scheduler.requests[slot].request_id]
-            output.last_token = now
-            output.first_token = output.first_token or now
-
-    def _close(self, ended: frozenset[int]) -> None:
-        """Complete the outputs of ended requests and free their slots."""
-        for slot in ended:
-            output = self._outputs[self._scheduler.requests[slot].request_id]
-            output.tokens = self._running.generated(slot)
-            output.finish_reason = self._running.finish_reason(slot)
-            self._scheduler.finish(slot)
+    def _close(self, slot: int) -> tuple[int, FinishReason]:
+        """Free the slot of a request that has ended."""
+        reason = self._running.finish_reason(slot)
+        return self._scheduler.finish(slot).request_id, reason

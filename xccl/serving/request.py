@@ -34,11 +34,16 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt with its id; the id takes part in the key of the noise, so equal prompts get different texts."""
+    """A prompt with its id, which is unique among unfinished requests.
+
+    ``noise_id`` takes part in the key of the noise, so equal prompts with equal seeds get different texts; None is
+    the request's id. A server whose ids depend on what others ask names it, and the text does not depend on them.
+    """
 
     request_id: int
     prompt_tokens: tuple[int, ...]
     sampling: SamplingParams
+    noise_id: int | None = None
 
 
 @dataclass

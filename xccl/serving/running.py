@@ -47,7 +47,8 @@ class RunningRequests:
         self._context_bound[slot] = count + params.max_tokens > self._max_context
         self._temperature[slot] = params.temperature
         self._top_p[slot] = params.top_p
-        self._keys[slot] = request_keys(np.array([params.seed]), np.array([request.request_id]))[0]
+        noise_id = request.request_id if request.noise_id is None else request.noise_id
+        self._keys[slot] = request_keys(np.array([params.seed]), np.array([noise_id]))[0]
 
     def stop(self, slot: int) -> None:
         """Free a slot."""

@@ -70,11 +70,25 @@ class Scheduler:
         return StepPlan(self._take_chunks(), decode_slots, self._running.verifiable(decode_slots))
 
     def finish(self, slot: int) -> Request:
-        """Free the slot and blocks of a request that has ended."""
+        """Free the slot and blocks of a request."""
         self._running.stop(slot)
         self._cache.release(slot)
         self._free_slots.append(slot)
         return self.requests.pop(slot)
+
+    def cancel(self, request_id: int) -> bool:
+        """Forget a request that waits or runs, between two steps; False if it is neither (it may have ended)."""
+        for slot, request in self.requests.items():
+            if request.request_id == request_id:
+                if slot in self._prefilling:
+                    self._prefilling.remove(slot)
+                self.finish(slot)
+                return True
+        for request in self._waiting:
+            if request.request_id == request_id:
+                self._waiting.remove(request)
+                return True
+        return False
 
     def _admit(self) -> None:
         while self._waiting and self._free_slots:

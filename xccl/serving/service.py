@@ -18,6 +18,7 @@ from xccl.serving.engine import PREFILL_ROWS, Engine, EngineOptions
 from xccl.serving.exchange import StepExchange, StepReport
 from xccl.serving.local_experts import LocalExperts
 from xccl.serving.model import MoEModel
+from xccl.serving.offline import serve_offline
 from xccl.serving.request import Request
 from xccl.serving.scheduler import max_step_rows
 from xccl.serving.statistics import MeasuredTransport, RankResult
@@ -60,29 +61,15 @@ def serve_rank(
 ) -> RankResult:
     """Serve this rank's share of ``requests`` (the same list on every rank). Collective."""
     config = ModelConfig.load(options.model / "config.json")
-    slots = slots_of_rank(options.batch, 0, comm.size)
-    transport = xccl.ExpertParallel(
-        comm,
-        config.num_experts,
-        config.hidden,
-        config.num_topk,
-        max_step_rows(slots, PREFILL_ROWS),
-        dtype="float32",
-        quant=options.quant,
-    )
+    parallel = expert_parallel(comm, config, options)
+    transport = _measured(config, cast(ExpertTransport, parallel), options)
+    exchange = StepExchange(comm, 2 * slots_of_rank(options.batch, 0, comm.size))
     with threadpool_limits(BLAS_THREADS):
-        engine = _engine(
-            config,
-            # without dequantize=False, the rows are one array
-            cast(ExpertTransport, transport),
-            options,
-            slots_of_rank(options.batch, comm.rank, comm.size),
-            transport.local_experts,
-            on_report,
-            StepExchange(comm, 2 * slots),
-        )
+        slots = slots_of_rank(options.batch, comm.rank, comm.size)
+        engine = build_engine(transport, options, slots, parallel.local_experts)
         comm.barrier()
-        return engine.run(requests_of_rank(requests, options.batch, comm.rank, comm.size))
+        own = requests_of_rank(requests, options.batch, comm.rank, comm.size)
+        return serve_offline(engine, transport, exchange, own, on_report)
 
 
 def serve_reference(
@@ -90,23 +77,30 @@ def serve_reference(
 ) -> RankResult:
     """Serve all requests in this process, without any communication: what every other run must equal."""
     config = ModelConfig.load(options.model / "config.json")
-    transport = LocalExperts(config.num_experts, options.quant)
+    transport = _measured(config, LocalExperts(config.num_experts, options.quant), options)
     with threadpool_limits(BLAS_THREADS):
-        engine = _engine(config, transport, options, options.batch, np.arange(config.num_experts), on_report)
-        return engine.run(requests)
+        engine = build_engine(transport, options, options.batch, np.arange(config.num_experts))
+        return serve_offline(engine, transport, StepExchange(None, 2 * options.batch), requests, on_report)
 
 
-def _engine(
-    config: ModelConfig,
-    transport: ExpertTransport,
-    options: ServiceOptions,
-    slots: int,
-    local_experts: IntArray,
-    on_report: OnReport | None,
-    exchange: StepExchange | None = None,
-) -> Engine:
-    moe_calls = config.num_moe_layers + options.mtp
-    measured = MeasuredTransport(transport, config.num_experts, moe_calls)
-    model = MoEModel.load(options.model, measured, local_experts)
-    engine_options = EngineOptions(slots, options.mtp, options.kv_blocks)
-    return Engine(model, measured, exchange or StepExchange(None, 2 * slots), engine_options, on_report)
+def expert_parallel(comm: xccl.Communicator, config: ModelConfig, options: ServiceOptions) -> xccl.ExpertParallel:
+    """The dispatch and combine of a run over all ranks of ``comm``, large enough for any step. Collective."""
+    return xccl.ExpertParallel(
+        comm,
+        config.num_experts,
+        config.hidden,
+        config.num_topk,
+        max_step_rows(slots_of_rank(options.batch, 0, comm.size), PREFILL_ROWS),
+        dtype="float32",
+        quant=options.quant,
+    )
+
+
+def build_engine(transport: ExpertTransport, options: ServiceOptions, slots: int, local_experts: IntArray) -> Engine:
+    """An engine for ``slots`` concurrent requests over a model that has loaded ``local_experts``."""
+    model = MoEModel.load(options.model, transport, local_experts)
+    return Engine(model, EngineOptions(slots, options.mtp, options.kv_blocks))
+
+
+def _measured(config: ModelConfig, transport: ExpertTransport, options: ServiceOptions) -> MeasuredTransport:
+    return MeasuredTransport(transport, config.num_experts, config.num_moe_layers + options.mtp)

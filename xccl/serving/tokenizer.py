@@ -26,6 +26,11 @@ class Tokenizer:
 
         return cls(_Tokenizer.from_file(str(path)), eot_token)
 
+    @property
+    def longest_token(self) -> int:
+        """Bytes of the longest token: no text has fewer tokens than its length by this."""
+        return max(len(token) for token in self._inner.get_vocab())
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Tokens of a prompt."""
         return (self._eot, *self._inner.encode(text, add_special_tokens=False).ids)

@@ -96,7 +96,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _train_rank(comm: xccl.Communicator, config: TrainConfig, out: Path, keywords: dict[str, Any]) -> int:
-    # Imported by the ranks: PyTorch's threads would not survive the fork of xccl.run.
+    # Imported by the ranks: their parent computes nothing with PyTorch, whose threads would not survive its fork.
     from precoder.train import train
 
     cost = train(comm, config, out, **keywords)

@@ -15,6 +15,7 @@ from precoder import wmmse
 from precoder.channel import Channels, Scenario, draw, generator, gram
 from precoder.config import TrainConfig
 from precoder.rate import rate_of_precoder
+from precoder.second_pass import two_passes
 
 TEST_SEED = 2**48  # training seeds are smaller, so no test channel was trained on
 STARTS = 7
@@ -68,6 +69,13 @@ def refined_rates(network: nn.Module, channels: Channels, iterations: int) -> np
     return wmmse.rate(wmmse.iterate(c, g, channels.alpha, iterations), g, channels.alpha).numpy()
 
 
+def two_pass_rates(network: nn.Module, channels: Channels) -> np.ndarray:
+    """Rates [count] of the better of two passes; see second_pass.py. For networks that give coefficients C."""
+    with torch.no_grad():
+        c = two_passes(network, channels)
+    return wmmse.rate(c, gram(channels.h), channels.alpha).numpy()
+
+
 def evaluate(network: nn.Module, scenario: Scenario, count: int, cache: Path) -> dict[str, Any]:
     """One cell: ratios of mean rates, and the 5th percentile of the samples' ratios to the best of 7."""
     channels = channels_of(scenario, count)
@@ -84,6 +92,7 @@ def evaluate(network: nn.Module, scenario: Scenario, count: int, cache: Path) ->
     if hasattr(network, "coefficients"):
         refined = refined_rates(network, channels, 3)
         cell["refined_of_best"] = float(refined.mean() / wanted.best.mean())
+        cell["two_passes_of_best"] = float(two_pass_rates(network, channels).mean() / wanted.best.mean())
     return cell
 
 

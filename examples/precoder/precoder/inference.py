@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from precoder import wmmse
 from precoder.channel import Scenario, draw, generator, gram
 from precoder.registry import build, names
+from precoder.second_pass import two_passes
 from precoder.train import settled_process
 
 BATCH = 256
@@ -36,6 +37,10 @@ def _measure_users(users: int) -> dict[str, Any]:
         network = build(name, 8)
         calls[name] = lambda network=network: network.precoder(single)
         mflop[name] = _count(calls[name])
+    # Untrained, it serves all users: the second pass is as large as the first, its highest cost.
+    twice = build("upe-phase", 8)
+    calls["upe-phase, two passes"] = lambda: two_passes(twice, channels)
+    mflop["upe-phase, two passes"] = _count(calls["upe-phase, two passes"])
     for iterations in ITERATIONS:
         name = f"wmmse-{iterations}"
         calls[name] = lambda count=iterations: wmmse.iterate(wmmse.start("rzf", g), g, channels.alpha, count, "fast")

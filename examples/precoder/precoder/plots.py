@@ -33,18 +33,24 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def _ratio(runs: Runs, kind: str, index: int) -> float:
-    return mean(run["cells"][kind][index]["of_best"] for run in runs)
+def _ratio(runs: Runs, kind: str, index: int, key: str = "of_best") -> float:
+    return mean(run["cells"][kind][index][key] for run in runs)
 
 
-def _generalisation(runs: Runs, path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+def _by_snr_and_users(runs: Runs, key: str) -> dict[float, dict[int, float]]:
+    """Ratios at N = 8 and uniform weights."""
     points: dict[float, dict[int, float]] = {}
     for kind in ("trained", "users", "snr"):
         for index, cell in enumerate(runs[0]["cells"][kind]):
             scenario = cell["scenario"]
             if scenario["antennas"] == 8:
-                points.setdefault(scenario["snr_db"][0], {})[scenario["users"]] = _ratio(runs, kind, index)
+                points.setdefault(scenario["snr_db"][0], {})[scenario["users"]] = _ratio(runs, kind, index, key)
+    return points
+
+
+def _generalisation(runs: Runs, path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    points, twice = _by_snr_and_users(runs, "of_best"), _by_snr_and_users(runs, "two_passes_of_best")
     for snr, by_users in sorted(points.items()):
         if len(by_users) > 1:
             left.plot(*zip(*sorted(by_users.items()), strict=True), "o-", label=f"{snr:.0f} dB")
@@ -55,12 +61,15 @@ def _generalisation(runs: Runs, path: Path) -> None:
         if cell["scenario"]["antennas"] == 16
     ]
     left.plot(*zip(*wide, strict=True), "o--", color="C1", label="10 dB, N = 16")
+    left.plot(*zip(*sorted(twice[10.0].items()), strict=True), "s:", color="C1", label="10 dB, two passes")
     left.axvspan(8.5, 16.5, color="0.92", label="not trained")
     left.set_xlabel("users K (N = 8 where not said)")
     left.set_ylabel("mean rate / best of 7 WMMSE starts")
     left.legend()
-    at_8 = sorted((snr, by_users[8]) for snr, by_users in points.items() if 8 in by_users)
-    right.plot(*zip(*at_8, strict=True), "o-", color="C3")
+    for ratios, style, label in ((points, "o-", "one pass"), (twice, "s:", "two passes")):
+        at_8 = sorted((snr, by_users[8]) for snr, by_users in ratios.items() if 8 in by_users)
+        right.plot(*zip(*at_8, strict=True), style, color="C3", label=label)
+    right.legend(loc="lower right")
     for low, high in ((-6, -0.5), (20.5, 26)):
         right.axvspan(low, high, color="0.92")
     right.set_xlabel("SNR in dB (K = N = 8)")
@@ -79,7 +88,7 @@ def _networks(groups: dict[str, Runs], path: Path) -> None:
     drawn = axes.barh([name for _, name in bars], [height for height, _ in bars])
     axes.bar_label(drawn, fmt="%.4f", fontsize=8, padding=2)
     axes.set_xlabel("mean rate / best of 7 WMMSE starts (K = N = 8, 10 dB)")
-    axes.set_xlim(0.5, 1.05)
+    axes.set_xlim(0, 1.1)
     axes.axvline(1, color="0.6", linewidth=0.8)
     _save(figure, path)
 

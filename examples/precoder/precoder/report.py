@@ -65,8 +65,8 @@ def _evaluate_run(folder: Path, count: int, cache: Path) -> dict[str, Any]:
 
 
 def _seeds_together(figures: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Runs by name without the seed."""
+    """Runs by name without the seed, and without the number of ranks in names like mixed-upe-phase-0-on-2."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, run in sorted(figures.items()):
-        groups.setdefault(re.sub(r"-\d+$", "", name), []).append(run)
+        groups.setdefault(re.sub(r"-\d+(-on-\d+)?$", "", name), []).append(run)
     return groups

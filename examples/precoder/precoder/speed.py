@@ -7,7 +7,6 @@ thinks.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -114,7 +113,6 @@ def _time_calls(
 
 def inference(out: Path) -> int:
     """Time and FLOPs a sample on one thread, batch 256, N=8: networks, and this project's K x K WMMSE in complex128."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     from precoder.inference import measure
 
     return _write(out, "inference", measure())

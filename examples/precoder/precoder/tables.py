@@ -110,11 +110,11 @@ def _generalisation(groups: dict[str, Runs]) -> Table:
 
 
 def _cells_table(title: str, runs: Runs, kinds: list[str]) -> Table:
-    header = ["cell", "best of 7", "5th percentile", "RZF start", "best of 7, + 3 WMMSE iterations"]
+    header = ["cell", "best of 7", "5th percentile", "RZF start", "best of 7, two passes", "best of 7, + 3 WMMSE"]
     rows = []
     for kind in kinds if runs else []:
         for index, cell in enumerate(runs[0]["cells"][kind]):
-            keys = ("of_best", "percentile_5", "of_rzf", "refined_of_best")
+            keys = ("of_best", "percentile_5", "of_rzf", "two_passes_of_best", "refined_of_best")
             rows.append([_cell_name(cell["scenario"]), *(spread(_of(runs, kind, index, key)) for key in keys)])
     return Table(title, header, rows)
 
@@ -164,18 +164,30 @@ TARGETS = [
 
 
 def targets(groups: dict[str, Runs]) -> Table:
-    """Each target, what each seed reaches, and whether all do."""
+    """Each target, what each run reaches in one pass and in two, and what all runs need to meet it."""
     rows = []
     for target in TARGETS:
         runs = groups.get(target.group, [])
-        worst = [
-            min(cell[target.key] for cell in run["cells"][target.kind] if target.chosen(cell["scenario"]))
-            for run in runs
-        ]
-        if worst:
-            met = "yes" if min(worst) >= target.wanted else "no"
-            rows.append([target.what, f"{target.wanted}", ", ".join(f"{w:.4f}" for w in worst), met])
-    return Table("Targets, against the best of 7 WMMSE starts", ["what", "at least", "each seed", "met by all"], rows)
+        once = [_worst(run, target, target.key) for run in runs]
+        twice = [_worst(run, target, "two_passes_of_best") for run in runs] if target.key == "of_best" else []
+        if once:
+            each = ["" if None in worst else ", ".join(f"{w:.4f}" for w in worst) for worst in (once, twice)]
+            met = next(
+                (how for how, worst in (("one pass", once), ("two passes", twice)) if _meets(worst, target)), "no"
+            )
+            rows.append([target.what, f"{target.wanted}", *each, met])
+    header = ["what", "at least", "one pass, each run", "two passes, each run", "met by all in"]
+    return Table("Targets, against the best of 7 WMMSE starts", header, rows)
+
+
+def _worst(run: dict[str, Any], target: _Target, key: str) -> float | None:
+    """The lowest of the target's cells; None if this was not measured."""
+    found = [cell.get(key) for cell in run["cells"][target.kind] if target.chosen(cell["scenario"])]
+    return None if None in found else min(found)
+
+
+def _meets(worst: list[float | None], target: _Target) -> bool:
+    return bool(worst) and all(w is not None and w >= target.wanted for w in worst)
 
 
 def _inference(out: Path) -> Table | None:
@@ -198,10 +210,27 @@ def _inference(out: Path) -> Table | None:
     return Table(title, ["", "K=4 us", "K=8 us", "K=4 Mflop", "K=8 Mflop"], rows)
 
 
+_COSTS = {
+    "ms_1_rank": "step on 1 rank, ms",
+    "ms_2_ranks": "step on 2 ranks, ms",
+    "speed_up": "1 rank / 2 ranks",
+    "share_in_all_reduce": "share in all_reduce (waiting included)",
+    "xccl_us": "bare all_reduce, xccl, us",
+    "gloo_us": "bare all_reduce, gloo, us",
+    "xccl_share_of_step": "beside gloo: share in all_reduce, xccl",
+    "gloo_share_of_step": "beside gloo: share in all_reduce, gloo",
+    "xccl_step_ms": "beside gloo: step with xccl, ms",
+    "gloo_step_ms": "beside gloo: step with gloo, ms",
+}
+
+
 def _ranks(out: Path) -> Table | None:
     rows = []
     for name in ("ranks", "reduce"):
         path = out / f"speed-{name}.json"
         figures = json.loads(path.read_text()) if path.exists() else {}
-        rows += [[key, *(f"{value[part]:.4g}" for part in ("median", "min", "max"))] for key, value in figures.items()]
+        rows += [
+            [_COSTS[key], *(f"{value[part]:.4g}" for part in ("median", "min", "max"))]
+            for key, value in figures.items()
+        ]
     return Table("Training step, K=8, batch 256, one BLAS thread a rank", ["", "median", "lowest", "highest"], rows)

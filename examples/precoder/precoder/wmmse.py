@@ -39,7 +39,7 @@ def start(name: Start, g: Tensor, rng: np.random.Generator | None = None) -> Ten
         if rng is None:
             raise ValueError('the start "random" needs rng')
         parts = rng.standard_normal((2, *g.shape))
-        return _to_unit_power(torch.from_numpy(parts[0] + 1j * parts[1]), g)
+        return to_unit_power(torch.from_numpy(parts[0] + 1j * parts[1]), g)
     else:
         raise ValueError(f"a start is one of {', '.join(get_args(Start))}, got {name!r}")
     power = (c.conj() * (g @ c)).real.sum(-2, keepdim=True)
@@ -58,10 +58,11 @@ def iterate(c: Tensor, g: Tensor, alpha: Tensor, iterations: int, method: Method
     step = _exact_step if method == "exact" else _fast_step
     for _ in range(iterations):
         c = step(c, g, alpha)
-    return _to_unit_power(c, g)
+    return to_unit_power(c, g)
 
 
-def _to_unit_power(c: Tensor, g: Tensor) -> Tensor:
+def to_unit_power(c: Tensor, g: Tensor) -> Tensor:
+    """The coefficients [B, K, K] scaled to a precoder of power 1."""
     return c / _power(c, g @ c)[:, None, None].sqrt()
 
 
@@ -85,7 +86,7 @@ def _exact_step(c: Tensor, g: Tensor, alpha: Tensor) -> Tensor:
     multiplier = _multiplier(values, load)
     inner = vectors @ (vectors.mH / (values + multiplier)[:, :, None])
     c = root[:, :, None] * inner * ((alpha * w).sqrt() * torch.sgn(u))[:, None, :]
-    return _to_unit_power(c, g)  # takes away what eigh's round-off leaves, 1e-9 at most
+    return to_unit_power(c, g)  # takes away what eigh's round-off leaves, 1e-9 at most
 
 
 def _multiplier(values: Tensor, load: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Starts the example's command line for the tests, in processes of their own."""
+"""The example's command line for the tests: in this process, or in processes of its own.
+
+In this process PyTorch is imported already, which takes longer than all else in these tests.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,17 @@ ROOT = Path(__file__).resolve().parents[3]
 TIMEOUT_S = 120
 
 
-def command(*arguments: str | Path) -> list[str]:
+def here(*arguments: str | Path | int) -> int:
+    """Runs the command in this process, its ranks forked from it; returns the exit code."""
+    from precoder.cli import main
+
+    try:
+        return main(list(map(str, arguments)))
+    except SystemExit as leave:  # argparse
+        return int(leave.code or 0)
+
+
+def command(*arguments: str | Path | int) -> list[str]:
     return [sys.executable, "-m", "precoder", *map(str, arguments)]
 
 

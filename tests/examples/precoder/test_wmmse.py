@@ -18,17 +18,23 @@ def channels_of(users: int, antennas: int, snr_db: float, count: int = 40) -> Ch
     return draw(Scenario(users, antennas, (snr_db, snr_db)), count, generator(1, users))
 
 
+def channels_at_all_snrs(users: int, antennas: int) -> Channels:
+    """40 channels at each of 0, 10 and 20 dB, in one batch: that takes hardly longer than one SNR."""
+    batches = [channels_of(users, antennas, snr_db) for snr_db in (0.0, 10.0, 20.0)]
+    return Channels(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
 def power(c: torch.Tensor, channels: Channels) -> torch.Tensor:
     return (channels.h @ c).abs().square().sum((1, 2))
 
 
-@pytest.mark.parametrize("snr_db", [0.0, 10.0, 20.0])
-@pytest.mark.parametrize(("users", "antennas"), SIZES)
-@pytest.mark.parametrize("name", ["mrt", "zf", "rzf", "random"])
-def test_rate_never_falls_and_power_is_met(name: str, users: int, antennas: int, snr_db: float) -> None:
-    if name == "zf" and users > antennas:
-        pytest.skip("zero forcing needs K <= N")
-    channels = channels_of(users, antennas, snr_db)
+@pytest.mark.parametrize(
+    ("name", "users", "antennas"),
+    # Zero forcing needs K <= N.
+    [(n, k, a) for n in ("mrt", "zf", "rzf", "random") for k, a in SIZES if n != "zf" or k <= a],
+)
+def test_rate_never_falls_and_power_is_met(name: str, users: int, antennas: int) -> None:
+    channels = channels_at_all_snrs(users, antennas)
     g = gram(channels.h)
     c = wmmse.start(name, g, generator(0, 0))
     assert (power(c, channels) - 1).abs().max() < 1e-10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xccl.bench.operation import Operation
 from xccl.bench.operations import (
+    a2e,
     all_gather,
     all_reduce,
     all_to_all,
@@ -13,7 +14,9 @@ from xccl.bench.operations import (
     broadcast,
     combine,
     dispatch,
+    e2a,
     get,
+    ma_layer,
     moe,
     put,
     put_signal,
@@ -39,5 +42,8 @@ OPERATIONS: dict[str, Operation] = {
         dispatch,
         combine,
         moe,
+        a2e,
+        e2a,
+        ma_layer,
     )
 }

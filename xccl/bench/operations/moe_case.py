@@ -41,17 +41,24 @@ class MoeCase(Case):
     dispatches = False  # whether the bytes of dispatch belong to the row, and those of combine
     combines = False
 
+    def roles(self) -> tuple[int, int]:
+        """How many ranks have tokens, and how many experts; sets `source_index`, `owner_index`: which this one is."""
+        self.source_index: int | None = self.comm.rank
+        self.owner_index: int | None = self.comm.rank
+        return self.comm.size, self.comm.size
+
     def prepare(self) -> None:
-        settings, ranks = self.context.settings, self.comm.size
+        settings = self.context.settings
         self.shape = SHAPES[settings.shape]
+        self.sources, self.owners = self.roles()
         self.quant = self.context.dtype == np.int8
         self.dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16) if self.quant else self.context.dtype
         routings = [
-            choose_experts(settings.workload, settings.seed, buffer, ranks, self.count, self.shape)
+            choose_experts(settings.workload, settings.seed, buffer, self.sources, self.count, self.shape, self.owners)
             for buffer in range(self.buffers)
         ]
         self.nbytes = self._bytes_of_busiest(routings[0])
-        self.rows = received_rows(routings[0], self.shape.num_experts)
+        self.rows = received_rows(routings[0], self.shape.num_experts, self.owners)
         self.expected_rows: list[Array] = []
         self.tokens = [self._tokens(buffer, slots) for buffer, slots in enumerate(routings)]
         self.last: tuple[int, Array] | None = None
@@ -77,18 +84,21 @@ class MoeCase(Case):
 
     def _tokens(self, buffer: int, routing: list[Array]) -> tuple[Array, Array, Array]:
         """This rank's x, topk_idx and weights; notes what must arrive."""
-        rank = self.comm.rank
-        xs, slots = [self._x(peer, buffer, len(idx)) for peer, idx in enumerate(routing)], routing[rank]
+        xs = [self._x(peer, buffer, len(idx)) for peer, idx in enumerate(routing)]
         carried = [self._carry(x) for x in xs]
-        rng = np.random.default_rng((self.context.settings.seed, buffer, rank, 1))
+        if self.owner_index is not None:
+            self.expected_rows.append(self._expected_rows(carried, routing))
+        if self.source_index is None:
+            return xs[0][:0], routing[0][:0], np.zeros((0, self.shape.num_topk), np.float32)
+        slots = routing[self.source_index]
+        rng = np.random.default_rng((self.context.settings.seed, buffer, self.source_index, 1))
         weights: Array = np.asarray(rng.random(slots.shape, np.float32))
-        self.expected_rows.append(self._expected_rows(carried, routing))
-        own = carried[rank].astype(np.float32)
+        own = carried[self.source_index].astype(np.float32)
         total = np.zeros(own.shape, np.float32)
         for slot in range(slots.shape[1]):
             total += weights[:, slot, None] * own
-        self.results.append((np.empty_like(xs[rank]), total.astype(self.dtype)))
-        return xs[rank], slots, weights
+        self.results.append((np.empty_like(xs[self.source_index]), total.astype(self.dtype)))
+        return xs[self.source_index], slots, weights
 
     def _x(self, rank: int, buffer: int, tokens: int) -> Array:
         rng = np.random.default_rng((self.context.settings.seed, buffer, rank))
@@ -100,18 +110,22 @@ class MoeCase(Case):
 
     def _expected_rows(self, carried: list[Array], routing: list[Array]) -> Array:
         """Rows of this rank's experts, sorted by (expert, source rank, token)."""
-        owner = default_expert_map(self.shape.num_experts, self.comm.size)
+        owner = default_expert_map(self.shape.num_experts, self.owners)
         experts = np.concatenate(routing)  # its rows are in the order of (source rank, token)
-        token, slot = np.nonzero(owner[experts] == self.comm.rank)
+        token, slot = np.nonzero(owner[experts] == self.owner_index)
         order = np.argsort(experts[token, slot], kind="stable")
         return np.asarray(np.concatenate(carried)[token[order]])
 
     def _bytes_of_busiest(self, routing: list[Array]) -> int:
         """Bytes that must move to the rank that gets most."""
         out_bytes, back_bytes = row_bytes(self.context.dtype, self.shape.hidden)
-        out = moved_rows(routing, self.shape.num_experts).sum(axis=0) * out_bytes
-        back = chosen_rows(routing, self.shape.num_experts).sum(axis=1) * back_bytes
-        return int((out * self.dispatches + back * self.combines).max())
+        out = moved_rows(routing, self.shape.num_experts, self.owners).sum(axis=0) * out_bytes
+        back = chosen_rows(routing, self.shape.num_experts, self.owners).sum(axis=1) * back_bytes
+        return self._busiest(out * self.dispatches, back * self.combines)
+
+    def _busiest(self, out: Array, back: Array) -> int:
+        """The most bytes of any rank, from those that come to ranks with experts and to ranks with tokens."""
+        return int((out + back).max())
 
     def note(self) -> str:
         settings, shape = self.context.settings, self.shape
